@@ -1,0 +1,934 @@
+#!/usr/bin/env python3
+"""Count the requests that a worker has in flight, and hold its shutdown back until the count is zero.
+
+Copy this file into an image and run it beside the worker. It needs Python 3.7 or newer and nothing else.
+
+    python sidecar.py            serve
+    python sidecar.py health     ask a running sidecar, print its answer, exit 0 or 1; also: ready, drain, metrics,
+                                 requests (SIDECAR_URL says where it is; default http://127.0.0.1:SIDECAR_PORT)
+    python sidecar.py --help     this text; also: --version
+
+Endpoints on SIDECAR_PORT (those marked * answer loopback and TRUSTED_CLIENTS only; each error is {"error": "..."}):
+
+    * POST /start-request [?id=ID]                a request begins: {"request_id", "active_requests", "draining"}
+    * POST /end-request [?duration=1.2s] [&id=ID] it has ended: {"active_requests", "draining"}
+      GET  /metrics         what the worker is doing, as JSON
+      GET  /requests        the active requests, oldest first: [{"request_id", "age_seconds"}, ...]
+      GET  /health          200 as long as the sidecar runs
+      GET  /ready           200, or 503 while draining or drained
+    * GET  /drain           answers when the count is zero (200) or the grace period is over (503); POST does the same
+
+On METRICS_PORT: GET /metrics, the Prometheus text format, or OpenMetrics where Accept asks for it.
+
+Variables, all of them optional:
+
+    SIDECAR_HOST           the address to listen on                     every address, IPv4 and IPv6
+    SIDECAR_PORT           the worker's port; 0 picks a free one        8081
+    METRICS_PORT           Prometheus's port; 0 picks a free one        9091
+    GRACE_PERIOD_SECONDS   the longest that a drain may take            30
+    QUIET_PERIOD_SECONDS   how long a drain wants to see the count at 0 0
+    TRUSTED_CLIENTS        CIDRs that may call * beside loopback        none
+    LOG_LEVEL              DEBUG (each request), INFO, WARNING, ERROR   INFO
+    LOG_FORMAT             text or json                                 text
+
+SIGTERM or SIGINT starts a drain. The exit status is 0 when it reached zero, 1 when the grace period was over first, or
+when a second signal cut it short, and 2 for a bad setting.
+"""
+import collections
+import errno
+import functools
+import http.client
+import http.server
+import ipaddress
+import json
+import logging
+import os
+import platform
+import re
+import select
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import types
+from bisect import bisect_left
+from urllib.parse import parse_qsl, urlsplit
+
+__version__ = "1.0.0"
+
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
+COMMANDS = ("health", "ready", "drain", "metrics", "requests")
+SERVING, DRAINING, DRAINED = "serving", "draining", "drained"
+REMEMBERED_ENDS = 1024          # ids that have ended, kept so that a retried end is known as one
+REPORT_SECONDS = 5              # how often a drain that waits says so in the log
+
+log = logging.getLogger("sidecar")
+
+
+# ---- Settings ---------------------------------------------------------------------------------------------------------
+
+class Settings:
+    """The variables in the docstring above, read once from a mapping such as os.environ. ValueError names a bad one."""
+
+    def __init__(self, environ):
+        self.host = environ.get("SIDECAR_HOST", "")
+        self.port = self._port(environ, "SIDECAR_PORT", "8081")
+        self.metrics_port = self._port(environ, "METRICS_PORT", "9091")
+        self.grace_period_seconds = self._seconds(environ, "GRACE_PERIOD_SECONDS", "30")
+        self.quiet_period_seconds = self._seconds(environ, "QUIET_PERIOD_SECONDS", "0")
+        self.trusted_clients = self._networks(environ, "TRUSTED_CLIENTS")
+        self.log_level = self._choice(environ, "LOG_LEVEL", "INFO", ("DEBUG", "INFO", "WARNING", "ERROR"))
+        self.log_format = self._choice(environ, "LOG_FORMAT", "text", ("text", "json"))
+
+    @staticmethod
+    def _port(environ, name, default):
+        text = environ.get(name) or default
+        if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+            raise ValueError("%s=%r: expected a port from 0 to 65535" % (name, text))
+        return int(text)
+
+    @staticmethod
+    def _seconds(environ, name, default):
+        try:
+            return parse_duration(environ.get(name) or default)
+        except ValueError as error:
+            raise ValueError("%s=%r: %s" % (name, environ[name], error)) from None
+
+    @staticmethod
+    def _networks(environ, name):
+        networks = [ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")]
+        for text in environ.get(name, "").replace(",", " ").split():
+            try:
+                networks.append(ipaddress.ip_network(text, strict=False))
+            except ValueError:
+                raise ValueError("%s=%r: expected addresses or CIDRs such as 10.0.0.0/8, separated by commas"
+                                 % (name, text)) from None
+        return networks
+
+    @staticmethod
+    def _choice(environ, name, default, choices):
+        text = environ.get(name) or default
+        for choice in choices:
+            if text.lower() == choice.lower():
+                return choice
+        raise ValueError("%s=%r: expected one of %s" % (name, text, ", ".join(choices)))
+
+
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}    # both mus
+NUMBER = r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
+DURATION_PART = re.compile(NUMBER + "(ns|us|µs|μs|ms|s|m|h)")
+DURATION = re.compile("%s|(?:%s)+" % (NUMBER, DURATION_PART.pattern))
+YEAR_SECONDS = 365 * 24 * 3600.0
+
+
+def parse_duration(text):
+    """Return the seconds that `text` says: a number, or Go's form (https://pkg.go.dev/time#ParseDuration).
+
+    "3", "1.2s", "5.1e-05s", "350ms", "150µs" and "1m2.5s" are durations. ValueError: anything else, and over a year.
+    """
+    if len(text) <= 100 and DURATION.fullmatch(text):
+        parts = DURATION_PART.findall(text)
+        seconds = sum(float(number) * UNITS[unit] for number, unit in parts) if parts else float(text)
+        if seconds <= YEAR_SECONDS:
+            return seconds
+    raise ValueError("expected a duration from 0 to a year, such as 1.2s, 350ms, 1m2.5s or a number of seconds")
+
+
+# ---- The tracker ------------------------------------------------------------------------------------------------------
+
+class RequestTracker:
+    """The requests in flight, the totals, and the drain. Any thread may call any method.
+
+    The phase goes from serving to draining (`drain`) to drained. Without a SIGTERM (`final`), a drained tracker serves
+    again from the next start on, or once the grace period has passed again: it was only the worker that restarted.
+    """
+
+    def __init__(self, grace_period_seconds=30.0, quiet_period_seconds=0.0):
+        self.grace_period_seconds = grace_period_seconds
+        self.quiet_period_seconds = quiet_period_seconds
+        self._condition = threading.Condition()             # guards all that follows; notified when a drain may be over
+        self._active = collections.OrderedDict()            # id: start on the monotonic clock; the oldest is the first
+        self._without_id = collections.OrderedDict()        # those of them whose worker brought no id
+        self._ended_ids = collections.OrderedDict()         # the latest ids that a worker ended
+        self._id_prefix = os.urandom(4).hex()               # so that an id from before a restart is not known
+        self._started = self._ended = self._unmatched_ends = 0
+        self._duration_counts = [0] * (len(BUCKETS) + 1)
+        self._duration_sum = 0.0
+        self._start_time = time.time()
+        self._last_start_time = None
+        self._idle_since = time.monotonic()
+        self._drain = None                                  # the drain that is under way or over; None while serving
+        self._drains = {"completed": 0, "timed_out": 0}
+
+    def start(self, request_id=None):
+        """Count a request; return (its id, the active requests, draining?). An id that is active is not counted again."""
+        with self._condition:
+            self._undo_drain(request_started=True)
+            if request_id not in self._active:
+                self._started += 1
+                self._last_start_time = time.time()
+                if request_id is None:
+                    request_id = "%s-%d" % (self._id_prefix, self._started)
+                    self._without_id[request_id] = None
+                self._active[request_id] = time.monotonic()
+            return request_id, len(self._active), self._drain is not None
+
+    def end(self, request_id=None, seconds=None):
+        """End a request; return (was there one to end?, the active requests, draining?).
+
+        Without an id the oldest request that was started without one ends. `seconds`: how long it took; None: as the
+        clock here says. An id that has ended already is not ended twice, and is no error either.
+        """
+        with self._condition:
+            self._undo_drain()
+            if request_id is None and self._without_id:
+                ending = next(iter(self._without_id))
+            else:
+                ending = request_id
+            known = ending in self._active
+            if known:
+                self._finish(ending, seconds)
+                if request_id is not None:
+                    self._remember_end(request_id)
+            elif request_id in self._ended_ids:
+                known = True
+            else:
+                self._unmatched_ends += 1
+            return known, len(self._active), self._drain is not None
+
+    def drain(self, final=False):
+        """Wait until the count has been zero for the quiet period; return True, or False when the grace period is over.
+
+        Callers share one drain, and its grace period begins with the first of them. `final`: nothing undoes it.
+        The quiet period begins with the drain at the earliest: a worker may have taken a message just before.
+        """
+        with self._condition:
+            self._undo_drain()
+            if self._drain is None:
+                self._drain = types.SimpleNamespace(started=time.monotonic(), ended=None, completed=None, final=final,
+                                                    report_at=time.monotonic() + REPORT_SECONDS)
+                log.info("drain started", self._drain_fields())
+            drain = self._drain
+            if final:
+                drain.final, drain.completed = True, None       # one that is over is looked at again
+            while drain.completed is None:
+                now = time.monotonic()
+                over_at = drain.started + self.grace_period_seconds
+                if not self._active:
+                    over_at = min(over_at, max(self._idle_since, drain.started) + self.quiet_period_seconds)
+                if now >= over_at:
+                    self._end_drain(now)
+                    break
+                if now >= drain.report_at:
+                    drain.report_at = now + REPORT_SECONDS
+                    log.info("draining", self._drain_fields())
+                self._condition.wait(min(over_at, drain.report_at) - now)
+            return drain.completed
+
+    def snapshot(self):
+        """Return every figure as of one moment, as a dict; durations in seconds, times in seconds since the epoch."""
+        with self._condition:
+            self._undo_drain()
+            now = time.monotonic()
+            phase, drain = self._phase(), self._drain
+            return {
+                "active_requests": len(self._active),
+                "total_requests": self._started,
+                "last_request_time": self._last_start_time,
+                "start_time": self._start_time,
+                "idle_duration_seconds": 0.0 if self._active else now - self._idle_since,
+                "phase": phase,
+                "oldest_request_age_seconds": now - next(iter(self._active.values())) if self._active else 0.0,
+                "ended_requests": self._ended,
+                "unmatched_ends": self._unmatched_ends,
+                "drains": dict(self._drains),
+                "drain_elapsed_seconds": now - drain.started if phase == DRAINING else None,
+                "drain_remaining_seconds":
+                    max(drain.started + self.grace_period_seconds - now, 0.0) if phase == DRAINING else None,
+                "grace_period_seconds": self.grace_period_seconds,
+                "duration_counts": list(self._duration_counts),
+                "duration_sum": self._duration_sum,
+            }
+
+    def active_requests(self):
+        """Return [(id, age in seconds), ...] of the active requests, oldest first."""
+        with self._condition:
+            active, now = list(self._active.items()), time.monotonic()
+        return [(request_id, now - started) for request_id, started in active]
+
+    def _finish(self, request_id, seconds):
+        now = time.monotonic()
+        own_clock = now - self._active.pop(request_id)
+        self._without_id.pop(request_id, None)
+        seconds = own_clock if seconds is None else seconds
+        self._ended += 1
+        self._duration_counts[bisect_left(BUCKETS, seconds)] += 1
+        self._duration_sum += seconds
+        if not self._active:
+            self._idle_since = now
+            if self._phase() == DRAINING:
+                self._condition.notify_all()
+
+    def _remember_end(self, request_id):
+        self._ended_ids[request_id] = None
+        self._ended_ids.move_to_end(request_id)
+        if len(self._ended_ids) > REMEMBERED_ENDS:
+            self._ended_ids.popitem(last=False)
+
+    def _phase(self):
+        if self._drain is None:
+            return SERVING
+        return DRAINING if self._drain.completed is None else DRAINED
+
+    def _end_drain(self, now):
+        drain = self._drain
+        drain.ended, drain.completed = now, not self._active
+        if drain.completed:
+            self._drains["completed"] += 1
+            log.info("drain completed", self._drain_fields())
+        else:
+            self._drains["timed_out"] += 1
+            log.warning("drain timed out", self._drain_fields())
+            for request_id, started in self._active.items():
+                log.warning("still active", {"request_id": request_id, "age_seconds": round(now - started, 3)})
+        self._condition.notify_all()
+
+    def _undo_drain(self, request_started=False):
+        if self._phase() == DRAINED and not self._drain.final:
+            if request_started or time.monotonic() >= self._drain.ended + self.grace_period_seconds:
+                self._drain = None
+                log.info("serving again", {"reason": "request started" if request_started else "no SIGTERM came"})
+
+    def _drain_fields(self):
+        now = time.monotonic()
+        fields = {"active_requests": len(self._active), "elapsed_seconds": round(now - self._drain.started, 3)}
+        if self._active:
+            request_id, started = next(iter(self._active.items()))
+            fields.update(oldest_request_id=request_id, oldest_age_seconds=round(now - started, 3))
+        return fields
+
+
+# ---- What is shown ----------------------------------------------------------------------------------------------------
+
+def render_json(snapshot):
+    """Return the dict that GET /metrics on SIDECAR_PORT answers."""
+    return {
+        "active_requests": snapshot["active_requests"],
+        "total_requests": snapshot["total_requests"],
+        "last_request_time": rfc3339(snapshot["last_request_time"]),
+        "start_time": rfc3339(snapshot["start_time"]),
+        "is_processing": snapshot["active_requests"] > 0,
+        "idle_duration_seconds": rounded(snapshot["idle_duration_seconds"]),
+        "phase": snapshot["phase"],
+        "oldest_request_age_seconds": rounded(snapshot["oldest_request_age_seconds"]),
+        "unmatched_ends": snapshot["unmatched_ends"],
+        "drain_elapsed_seconds": rounded(snapshot["drain_elapsed_seconds"]),
+        "drain_remaining_seconds": rounded(snapshot["drain_remaining_seconds"]),
+        "grace_period_seconds": snapshot["grace_period_seconds"],
+        "version": __version__,
+    }
+
+
+def render_prometheus(snapshot, openmetrics=False):
+    """Return the text of GET /metrics on METRICS_PORT.
+
+    Prometheus text 0.0.4 (https://prometheus.io/docs/instrumenting/exposition_formats/), or OpenMetrics 1.0
+    (https://prometheus.io/docs/specs/om/open_metrics_spec/), which names a counter's family without its _total.
+    """
+    lines = []
+    for name, kind, description, samples in metric_families(snapshot):
+        family = name
+        if openmetrics and kind == "counter":
+            family = name[:-len("_total")]
+        elif openmetrics and name.endswith("_info"):
+            family, kind = name[:-len("_info")], "info"
+        lines += ["# HELP %s %s" % (family, description), "# TYPE %s %s" % (family, kind)]
+        lines += ["%s%s%s %s" % (name, suffix, labels, value) for suffix, labels, value in samples]
+    return "\n".join(lines + ["# EOF"] * openmetrics) + "\n"
+
+
+def metric_families(snapshot):
+    """Return [(name, type, help, [(suffix, labels, value), ...]), ...]; process_* only where /proc tells them."""
+    def one(value, labels=""):
+        return [("", labels, value)]
+
+    return [
+        ("sidecar_active_requests", "gauge", "Requests in flight.", one(snapshot["active_requests"])),
+        ("sidecar_requests_total", "counter", "Requests started.", one(snapshot["total_requests"])),
+        ("sidecar_request_duration_seconds", "histogram", "Durations of the requests that have ended.",
+         histogram(snapshot["duration_counts"], snapshot["duration_sum"])),
+        ("sidecar_unmatched_ends_total", "counter", "Ends that no active request was there for.",
+         one(snapshot["unmatched_ends"])),
+        ("sidecar_oldest_request_age_seconds", "gauge", "Age of the request that has been active longest, 0 without one.",
+         one(snapshot["oldest_request_age_seconds"])),
+        ("sidecar_draining", "gauge", "1 while draining or drained, else 0.", one(int(snapshot["phase"] != SERVING))),
+        ("sidecar_drains_total", "counter", "Drains that are over, by outcome.",
+         [("", labels(outcome=outcome), count) for outcome, count in snapshot["drains"].items()]),
+        ("sidecar_grace_period_seconds", "gauge", "The longest that a drain may take.",
+         one(snapshot["grace_period_seconds"])),
+        ("sidecar_last_request_timestamp_seconds", "gauge", "When the newest request started, 0 before the first.",
+         one(snapshot["last_request_time"] or 0.0)),
+        ("sidecar_start_time_seconds", "gauge", "When the sidecar started.", one(snapshot["start_time"])),
+        ("sidecar_info", "gauge", "The versions that are running.",
+         one(1, labels(version=__version__, python_version=platform.python_version()))),
+    ] + process_families()
+
+
+def histogram(counts, total):
+    samples, cumulative = [], 0
+    for bound, count in zip(BUCKETS + ("+Inf",), counts):
+        cumulative += count
+        samples.append(("_bucket", labels(le=bound), cumulative))
+    return samples + [("_sum", "", total), ("_count", "", cumulative)]
+
+
+def process_families():
+    """The conventional process_* metrics: https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics"""
+    try:
+        with open("/proc/self/stat") as file:
+            stat = file.read().rpartition(") ")[2].split()         # from the third field of proc(5) on
+        with open("/proc/stat") as file:
+            booted = float(re.search(r"^btime (\d+)", file.read(), re.MULTILINE).group(1))
+        with open("/proc/self/limits") as file:
+            max_fds = re.search(r"^Max open files +(\d+)", file.read(), re.MULTILINE)
+        open_fds = len(os.listdir("/proc/self/fd"))
+        ticks, page_bytes = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError, ValueError):
+        return []
+    return [
+        ("process_cpu_seconds_total", "counter", "User and system CPU time.",
+         [("", "", (int(stat[11]) + int(stat[12])) / ticks)]),
+        ("process_start_time_seconds", "gauge", "When the process started.", [("", "", booted + int(stat[19]) / ticks)]),
+        ("process_virtual_memory_bytes", "gauge", "Virtual memory.", [("", "", int(stat[20]))]),
+        ("process_resident_memory_bytes", "gauge", "Resident memory.", [("", "", int(stat[21]) * page_bytes)]),
+        ("process_open_fds", "gauge", "Open file descriptors.", [("", "", open_fds)]),
+    ] + ([("process_max_fds", "gauge", "The most descriptors allowed.", [("", "", int(max_fds.group(1)))])]
+         if max_fds else [])
+
+
+def labels(**pairs):
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    return "{%s}" % ",".join('%s="%s"' % (name, str(value).translate(escapes)) for name, value in pairs.items())
+
+
+def rounded(seconds):
+    return None if seconds is None else round(seconds, 3)
+
+
+def rfc3339(timestamp):
+    return None if timestamp is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
+
+
+# ---- HTTP -------------------------------------------------------------------------------------------------------------
+
+MAX_CONNECTIONS = 512           # to a port; each has a thread
+MAX_LINE_BYTES = 8 * 1024
+MAX_HEAD_BYTES = 16 * 1024
+MAX_BODY_BYTES = 64 * 1024
+IDLE_SECONDS = 60.0             # a connection between two requests
+REQUEST_SECONDS = 10.0          # from the first byte of a request to its last
+LINGER_SECONDS = 1.0            # for the last answer to be sent, or read
+
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+TOKEN = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
+REQUEST_LINE = re.compile("(" + TOKEN.pattern + r") (?:https?://[^/? ]*)?(/[^? ]*|\*)(?:\?([^ ]*))? HTTP/1\.([0-9])")
+CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?")
+
+Request = collections.namedtuple("Request", "method path query headers keep_alive client")
+Answer = collections.namedtuple("Answer", "status content_type body headers")
+
+
+def json_answer(content, status=200, headers=""):
+    return Answer(status, "application/json", json.dumps(content) + "\n", headers)
+
+
+class HTTPError(Exception):
+    """An error that the client is told: raised anywhere below, sent by Connection."""
+
+    def __init__(self, status, text, headers="", **fields):
+        super().__init__(text)
+        self.answer = json_answer(dict({"error": text}, **fields), status, headers)
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One connection on its own thread: a request is read, then answered, until either side closes (RFC 9112)."""
+
+    def handle(self):
+        self.received = b""         # and not yet used
+        self.deadline = None        # of the request that is being read; None between two
+        self.request.settimeout(IDLE_SECONDS)
+        try:
+            while self.serve_request():
+                pass
+        except OSError:             # the client is gone, or idle for too long
+            pass
+
+    def serve_request(self):
+        """Answer the next request; return true where another one may follow it."""
+        try:
+            request = self.read_head()
+            self.drop_body(request.headers)
+        except HTTPError as error:          # nobody knows where the next request would begin
+            self.send(error.answer, keep_alive=False)
+            self.linger()
+            return False
+        try:
+            answer = self.server.answer(request)
+        except HTTPError as error:
+            answer = error.answer
+        except Exception as error:
+            log.error("request failed", {"path": request.path, "error": "%s: %s" % (type(error).__name__, error)})
+            answer = json_answer({"error": "the sidecar failed; its log says how"}, 500)
+        self.send(answer, request.keep_alive, with_body=request.method != "HEAD")
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request", {"client": request.client, "method": request.method, "path": request.path,
+                                  "query": request.query or "", "status": answer.status})
+        return request.keep_alive
+
+    def read_head(self):
+        """Return the next Request. HTTPError: it is malformed, too long or too slow."""
+        if self.deadline is not None:
+            self.deadline = None
+            self.request.settimeout(IDLE_SECONDS)
+        end = None
+        while not end:
+            self.received = self.received.lstrip(b"\r\n")
+            end = HEAD_END.search(self.received)
+            if not end:
+                self.check_head_length(self.received)
+                self.receive()
+        head, self.received = self.received[:end.start()], self.received[end.end():]
+        self.check_head_length(head)
+        lines = head.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+        match = REQUEST_LINE.fullmatch(lines[0])
+        if not match or CONTROL_CHARACTER.search("".join(lines)):
+            raise HTTPError(400, "malformed request %r: expected METHOD /PATH HTTP/1.1, no control characters"
+                            % lines[0][:100])
+        headers = {}
+        for line in lines[1:]:
+            name, colon, value = line.partition(":")
+            if not colon or not TOKEN.fullmatch(name):
+                raise HTTPError(400, "malformed header %r: expected NAME: VALUE" % line[:100])
+            name, value = name.lower(), value.strip(" \t")
+            headers[name] = headers[name] + ", " + value if name in headers else value
+        method, path, query, minor_version = match.groups()
+        connection = headers.get("connection", "").lower()
+        keep_alive = "keep-alive" in connection if minor_version == "0" else "close" not in connection
+        return Request(method, path, query, headers, keep_alive, self.client_address[0])
+
+    def check_head_length(self, head):
+        if len(head) > MAX_LINE_BYTES and b"\n" not in head[:MAX_LINE_BYTES]:
+            raise HTTPError(414, "the request line is longer than %d bytes" % MAX_LINE_BYTES)
+        if len(head) > MAX_HEAD_BYTES:
+            raise HTTPError(431, "the head of the request is longer than %d bytes" % MAX_HEAD_BYTES)
+
+    def drop_body(self, headers):
+        """Read the body, if there is one, and forget it: all that an endpoint wants to know is in the query."""
+        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+        if length is None and coding is None:
+            return
+        if length is not None and coding is not None:
+            raise HTTPError(400, "both Content-Length and Transfer-Encoding: expected one")
+        if length is not None and not re.fullmatch("[0-9]+", length):
+            raise HTTPError(400, "Content-Length %r: expected a number of bytes" % length[:100])
+        if length is not None and (len(length) > 9 or int(length) > MAX_BODY_BYTES):
+            raise HTTPError(413, "the body is longer than %d bytes" % MAX_BODY_BYTES)
+        if coding is not None and coding.lower() != "chunked":
+            raise HTTPError(501, "Transfer-Encoding %r: expected chunked" % coding[:100])
+        if not self.received and headers.get("expect", "").lower() == "100-continue":
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length is not None:
+            self.drop(int(length))
+        else:
+            self.drop_chunks()
+
+    def drop_chunks(self):
+        total, size = 0, None
+        while size != 0:
+            line = self.read_line()
+            match = CHUNK_LINE.fullmatch(line)
+            if not match:
+                raise HTTPError(400, "malformed chunk %r: expected its size in hexadecimal" % line[:100])
+            size = int(match.group(1), 16)
+            total += size
+            if total > MAX_BODY_BYTES:
+                raise HTTPError(413, "the body is longer than %d bytes" % MAX_BODY_BYTES)
+            if size:
+                self.drop(size)
+                if self.read_line():
+                    raise HTTPError(400, "malformed chunk: longer than its size")
+        while self.read_line():             # the trailers
+            pass
+
+    def read_line(self):
+        while b"\n" not in self.received:
+            if len(self.received) > MAX_LINE_BYTES:
+                raise HTTPError(400, "malformed chunk: a line is longer than %d bytes" % MAX_LINE_BYTES)
+            self.receive()
+        line, _, self.received = self.received.partition(b"\n")
+        return line[:-1] if line.endswith(b"\r") else line
+
+    def drop(self, count):
+        while len(self.received) < count:
+            self.receive()
+        self.received = self.received[count:]
+
+    def receive(self):
+        """Add what comes next to `received`. HTTPError: the request's time is over. OSError: the client is gone."""
+        if self.received and self.deadline is None:
+            self.deadline = time.monotonic() + REQUEST_SECONDS
+        if self.deadline is not None:
+            self.request.settimeout(max(self.deadline - time.monotonic(), 0.001))
+        try:
+            piece = self.request.recv(65536)
+        except socket.timeout:
+            if self.deadline is None:
+                raise
+            raise HTTPError(408, "the request took longer than %d seconds to arrive" % REQUEST_SECONDS) from None
+        if not piece:
+            raise ConnectionError("closed by the client")
+        self.received += piece
+
+    def send(self, answer, keep_alive, with_body=True):
+        body = answer.body.encode()
+        head = "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nCache-Control: no-store\r\nConnection: %s\r\n%s\r\n" % (
+            answer.status, http.client.responses[answer.status], answer.content_type, len(body),
+            "keep-alive" if keep_alive else "close", answer.headers)
+        self.request.sendall(head.encode() + body if with_body else head.encode())
+
+    def linger(self):
+        """Read on for a moment: closing now, with bytes unread, resets the connection before the answer is read."""
+        self.request.shutdown(socket.SHUT_WR)
+        over_at = time.monotonic() + LINGER_SECONDS
+        self.request.settimeout(LINGER_SECONDS)
+        while time.monotonic() < over_at and self.request.recv(65536):
+            pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A port and its routes: {(method, path): function from a Request to an Answer}. HEAD is answered as GET is."""
+
+    allow_reuse_port = False                # a port in use is an error, on every Python
+    daemon_threads = True
+    request_queue_size = 1024               # a burst of connects must not wait for a SYN to be sent again
+
+    def __init__(self, host, port, routes):
+        self.routes = routes
+        self.connections = {}               # socket: thread
+        self.out_of_descriptors = False
+        if host:
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            self.address_family, address = addresses[0][0], addresses[0][4][:2]
+            super().__init__(address, Connection)
+        else:
+            try:
+                self.address_family = socket.AF_INET6
+                super().__init__(("::", port), Connection)
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                self.address_family = socket.AF_INET
+                super().__init__(("0.0.0.0", port), Connection)
+
+    def server_bind(self):                  # without HTTPServer's look-up of the host's name, which may take seconds
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # connections inherit it
+        socketserver.TCPServer.server_bind(self)
+
+    @property
+    def url(self):
+        host, port = self.server_address[:2]
+        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+
+    def answer(self, request):
+        method = "GET" if request.method == "HEAD" else request.method
+        function = self.routes.get((method, request.path))
+        if function:
+            return function(request)
+        allowed = sorted(method for method, path in self.routes if path == request.path)
+        if not allowed:
+            raise HTTPError(404, "no endpoint %s: expected one of %s"
+                            % (request.path[:100], ", ".join(sorted({path for _, path in self.routes}))))
+        allowed = ", ".join(allowed + ["HEAD"] * ("GET" in allowed))
+        raise HTTPError(405, "%s %s: expected %s" % (request.method[:100], request.path, allowed),
+                        "Allow: %s\r\n" % allowed)
+
+    def get_request(self):
+        try:
+            accepted = super().get_request()
+            self.out_of_descriptors = False
+            return accepted
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                if not self.out_of_descriptors:
+                    log.error("no connection accepted", {"error": error.strerror})
+                self.out_of_descriptors = True
+                time.sleep(0.1)             # the connection stays in the queue, so the next try would come at once
+            raise
+
+    def verify_request(self, request, client_address):
+        if len(self.connections) < MAX_CONNECTIONS:
+            return True
+        request.setblocking(False)
+        request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: 33\r\nConnection: close\r\n\r\n{\"error\": \"too many connections\"}")
+        return False
+
+    def process_request(self, request, client_address):
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
+        self.connections[request] = thread
+        thread.start()
+
+    def shutdown_request(self, request):
+        self.connections.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        log.error("connection failed", {"client": client_address[0], "error": repr(sys.exc_info()[1])})
+
+    def finish(self):
+        """Let the answers that are under way be sent: no connection is read from any more, so its thread ends."""
+        over_at = time.monotonic() + LINGER_SECONDS
+        connections = list(self.connections.items())
+        for connection, _ in connections:
+            try:
+                connection.shutdown(socket.SHUT_RD)
+            except OSError:                 # closed already
+                pass
+        for _, thread in connections:
+            thread.join(max(over_at - time.monotonic(), 0.0))
+
+
+class Api:
+    """The endpoints: each takes a Request and returns an Answer."""
+
+    def __init__(self, tracker, trusted_clients):
+        self.tracker, self.trusted_clients = tracker, trusted_clients
+        self.trusts = functools.lru_cache(maxsize=1024)(self.trusts)
+        drain = self.local_only(self.drain)
+        self.routes = {
+            ("POST", "/start-request"): self.local_only(self.start_request),
+            ("POST", "/end-request"): self.local_only(self.end_request),
+            ("GET", "/metrics"): lambda request: json_answer(render_json(tracker.snapshot())),
+            ("GET", "/requests"): self.requests,
+            ("GET", "/health"): lambda request: json_answer({"status": "ok"}),
+            ("GET", "/ready"): self.ready,
+            ("GET", "/drain"): drain,
+            ("POST", "/drain"): drain,
+        }
+        self.metrics_routes = {("GET", "/metrics"): self.prometheus}
+
+    def trusts(self, host):
+        try:
+            address = ipaddress.ip_address(host.partition("%")[0])      # without the scope of a link-local one
+        except ValueError:
+            return False
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in self.trusted_clients)
+
+    def local_only(self, function):
+        """Return `function` for those who may change what is counted: a pod's own containers, no browser's other site."""
+        def guarded(request):
+            if not self.trusts(request.client):
+                raise HTTPError(403, "%s may not call %s: expected loopback, or an address in TRUSTED_CLIENTS"
+                                % (request.client, request.path))
+            origin = request.headers.get("origin")
+            if origin is not None:
+                host = re.sub(r"^https?://|:[0-9]*$|[][]", "", origin)
+                if host != "localhost" and not self.trusts(host):
+                    raise HTTPError(403, "Origin %r may not call %s: expected loopback" % (origin[:100], request.path))
+            return function(request)
+        return guarded
+
+    def start_request(self, request):
+        request_id, active, draining = self.tracker.start(request_id_of(parameters(request)))
+        return json_answer({"request_id": request_id, "active_requests": active, "draining": draining})
+
+    def end_request(self, request):
+        values = parameters(request)
+        request_id = request_id_of(values)
+        seconds = bad_duration = None
+        if "duration" in values:
+            try:
+                seconds = parse_duration(values["duration"])
+            except ValueError as error:
+                bad_duration = "duration %r: %s" % (values["duration"][:100], error)
+        known, active, draining = self.tracker.end(request_id, seconds)
+        counts = {"active_requests": active, "draining": draining}
+        if not known:
+            raise HTTPError(409, "no such request is active: %s" % request_id if request_id is not None else
+                            "no request that was started without an id is active", **counts)
+        if bad_duration:                    # told, but ended all the same: not every worker looks at the answer
+            raise HTTPError(400, bad_duration, **counts)
+        return json_answer(counts)
+
+    def requests(self, request):
+        return json_answer([{"request_id": request_id, "age_seconds": rounded(age)}
+                            for request_id, age in self.tracker.active_requests()])
+
+    def ready(self, request):
+        phase = self.tracker.snapshot()["phase"]
+        if phase != SERVING:
+            raise HTTPError(503, phase)
+        return json_answer({"status": "ready"})
+
+    def drain(self, request):
+        completed = self.tracker.drain()
+        active = self.tracker.snapshot()["active_requests"]
+        if not completed:
+            raise HTTPError(503, "the grace period is over", active_requests=active)
+        return json_answer({"status": "drained", "active_requests": active})
+
+    def prometheus(self, request):
+        openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
+        return Answer(200, "application/openmetrics-text; version=1.0.0; charset=utf-8" if openmetrics else
+                      "text/plain; version=0.0.4; charset=utf-8",
+                      render_prometheus(self.tracker.snapshot(), openmetrics), "")
+
+
+def parameters(request):
+    """Return the query as a dict. A name that comes twice has both values, on two lines: no valid id or duration."""
+    values = {}
+    for name, value in parse_qsl(request.query or "", keep_blank_values=True):
+        values[name] = values[name] + "\n" + value if name in values else value
+    return values
+
+
+def request_id_of(values):
+    request_id = values.get("id")
+    if request_id is not None and not (0 < len(request_id) <= 128 and request_id.isprintable()):
+        raise HTTPError(400, "id %r: expected 1 to 128 printable characters, once" % request_id[:128])
+    return request_id
+
+
+# ---- The process ------------------------------------------------------------------------------------------------------
+
+class LogHandler(logging.Handler):
+    """Write one line an event to stderr, as text or JSON. The arguments of log.info and the like: the event, its fields.
+
+    It never blocks for long: while nobody reads the other end of a full pipe, lines are dropped, and then counted.
+    """
+
+    def __init__(self, as_json):
+        super().__init__()
+        self.as_json, self.dropped = as_json, 0
+
+    def format(self, record):
+        fields = dict(time=rfc3339(record.created), level=record.levelname, event=record.msg)
+        fields.update(record.args or {})
+        if self.as_json:
+            return json.dumps(fields)
+        return "%s %s %s" % (fields.pop("time"), fields.pop("level"), fields.pop("event")) + "".join(
+            " %s=%s" % (name, json.dumps(value) if re.search(r'[\s"=]', str(value)) else value)
+            for name, value in fields.items())
+
+    def emit(self, record):
+        if not select.select([], [2], [], 0 if self.dropped else 1.0)[1]:
+            self.dropped += 1
+            return
+        if self.dropped:
+            dropped, self.dropped = self.dropped, 0
+            log.warning("log lines dropped", {"lines": dropped})
+        try:
+            os.write(2, self.format(record).encode("utf-8", "replace")[:4095] + b"\n")
+        except OSError:             # a full disk is no reason to stop counting
+            pass
+
+
+def fail(text):
+    """Exit with status 2 and one line on stderr."""
+    sys.stderr.write("sidecar: %s\n" % text)
+    sys.exit(2)
+
+
+def listen(variable, host, port, routes):
+    try:
+        return Server(host, port, routes)
+    except socket.gaierror as error:
+        fail("SIDECAR_HOST=%r: %s" % (host, error.strerror))
+    except OSError as error:
+        fail("%s=%d: %s" % (variable, port, error.strerror))
+
+
+def serve():
+    """Serve until a signal comes, drain, and exit. The main thread only waits, so nothing waits for it."""
+    try:
+        settings = Settings(os.environ)
+    except ValueError as error:
+        fail(error)
+    log.addHandler(LogHandler(settings.log_format == "json"))
+    log.setLevel(settings.log_level)
+    tracker = RequestTracker(settings.grace_period_seconds, settings.quiet_period_seconds)
+    api = Api(tracker, settings.trusted_clients)
+    servers = [listen("SIDECAR_PORT", settings.host, settings.port, api.routes),
+               listen("METRICS_PORT", settings.host, settings.metrics_port, api.metrics_routes)]
+    received = []
+
+    def shut_down(number, frame):
+        received.append(number)
+        name = signal.Signals(number).name
+        if len(received) > 1:
+            log.warning("second signal: exit at once", {"signal": name})
+            os._exit(1)
+        log.info("signal", {"signal": name})
+        completed = tracker.drain(final=True)
+        for server in servers:
+            server.finish()
+        log.info("exit", {"status": 0 if completed else 1})
+        os._exit(0 if completed else 1)
+
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)       # for the threads, which inherit it: signals are for this one
+    for number in signals:
+        signal.signal(number, shut_down)
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()    # None: it does not poll
+    log.info("listening", {"api": servers[0].url, "metrics": servers[1].url, "version": __version__})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    while True:
+        signal.pause()
+
+
+def ask(command):
+    """Print what a running sidecar answers to `command`; return 0 if that is a 200, else 1."""
+    url = os.environ.get("SIDECAR_URL") or "http://127.0.0.1:%s" % (os.environ.get("SIDECAR_PORT") or 8081)
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or 80
+        if parts.scheme != "http" or not host:
+            raise ValueError
+    except ValueError:
+        fail("SIDECAR_URL=%r: expected http://HOST:PORT" % url)
+    connection = http.client.HTTPConnection(host, port, timeout=None if command == "drain" else 5)
+    try:
+        connection.request("GET", parts.path.rstrip("/") + "/" + command)
+        answer = connection.getresponse()
+        text = answer.read().decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException) as error:
+        sys.stderr.write("sidecar: no answer from %s: %s\n" % (url, error))
+        return 1
+    sys.stdout.write(text)
+    return 0 if answer.status == 200 else 1
+
+
+def main(arguments):
+    if not arguments:
+        serve()
+    if len(arguments) == 1 and arguments[0] in COMMANDS:
+        return ask(arguments[0])
+    if arguments in (["--help"], ["-h"]):
+        print(__doc__.strip())
+        return 0
+    if arguments == ["--version"]:
+        print("sidecar %s" % __version__)
+        return 0
+    fail("unknown arguments %s: expected none, --help, --version or one of %s"
+         % (" ".join(map(repr, arguments)), ", ".join(COMMANDS)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
