@@ -96,12 +96,19 @@ class Program:
 
 
 class SidecarProcess(Program):
-    """A running sidecar.py on free ports of loopback. Any other keyword is a variable of its environment."""
+    """A running sidecar.py on free ports of loopback. Any other keyword is a variable of its environment.
 
-    def __init__(self, *argv, **env):
+    `constants` are module constants with other values, so that a test need not wait for as long as a user would.
+    """
+
+    def __init__(self, *argv, constants=None, **env):
         settings = dict(SIDECAR_HOST="127.0.0.1", SIDECAR_PORT=0, METRICS_PORT=0, SIDECAR_URL=None)
         settings.update(env)
-        super().__init__(sys.executable, os.path.join(HERE, "sidecar.py"), *argv, env=settings)
+        command = [os.path.join(HERE, "sidecar.py")]
+        if constants:
+            command = ["-c", "import sys; sys.path.insert(0, %r); import sidecar; vars(sidecar).update(%r); "
+                             "sys.exit(sidecar.main(sys.argv[1:]))" % (HERE, constants)]
+        super().__init__(sys.executable, *(command + list(argv)), env=settings)
         try:
             match = self.wait_for(r"listening.*?http://(\S+):(\d+).*?http://\S+:(\d+)")
         except AssertionError:
@@ -117,9 +124,36 @@ class SidecarProcess(Program):
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
             text = answer.read().decode()
-            return answer.status, json.loads(text) if "json" in answer.getheader("Content-Type", "") else text
+            return answer.status, json.loads(text) if text and "json" in answer.getheader("Content-Type", "") else text
         finally:
             connection.close()
+
+    def raw(self, data, port=None):
+        """Send bytes over a connection of its own; return the socket."""
+        connection = socket.create_connection((self.host.strip("[]"), port or self.port), timeout=PATIENCE)
+        connection.sendall(data)
+        return connection
+
+    def answers(self, data):
+        """Send bytes, read to the end of the connection; return [(status, headers, body), ...] of the answers."""
+        with self.raw(data) as connection:
+            received = b"".join(iter(lambda: connection.recv(65536), b""))
+        found = []
+        while received:
+            head, _, rest = received.partition(b"\r\n\r\n")
+            lines = head.decode().split("\r\n")
+            headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines[1:])}
+            length = int(headers.get("content-length", 0))
+            found.append((int(lines[0].split()[1]), headers, rest[:length].decode()))
+            received = rest[length:]
+        return found
+
+    def active(self):
+        return self.get("/metrics")[1]["active_requests"]
+
+    def sample(self, name):
+        """Return the value of one sample of the Prometheus port; `name` with its labels as they stand there."""
+        return float(re.search("^%s (.*)$" % re.escape(name), self.prometheus(), re.MULTILINE).group(1))
 
     def get(self, path):
         return self.call("GET", path)
@@ -144,6 +178,803 @@ class Case(unittest.TestCase):
     def _ends_with_test(self, program):
         self.addCleanup(program.kill)
         return program
+
+
+
+def in_threads(count, function):
+    """Run function(0), function(1), ... at once; return what they return, in order. An exception is raised here."""
+    results = [None] * count
+
+    def run(number):
+        try:
+            results[number] = function(number)
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * PATIENCE)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def until(condition, what="the condition"):
+    """Return the first true value of condition(), asked again and again for PATIENCE seconds."""
+    over_at = time.monotonic() + PATIENCE
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > over_at:
+            raise AssertionError("%s never came true" % what)
+        time.sleep(0.01)
+
+
+def namespaces():
+    """Return true where a test may make namespaces of its own: root on Linux, but not in every container."""
+    try:
+        return subprocess.call(["unshare", "--net", "--pid", "--fork", "ip", "link", "set", "lo", "up"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+    except OSError:
+        return False
+
+
+NAMESPACES = namespaces()
+
+
+class TestCounting(Case):
+    """POST /start-request, POST /end-request, GET /metrics and GET /requests."""
+
+    def test_a_request_is_counted_from_its_start_to_its_end(self):
+        sidecar = self.sidecar()
+        self.assertEqual(sidecar.active(), 0)
+        status, started = sidecar.post("/start-request")
+        self.assertEqual((status, started["active_requests"], started["draining"]), (200, 1, False))
+        self.assertTrue(started["request_id"])
+        self.assertEqual(sidecar.active(), 1)
+        self.assertEqual(sidecar.post("/end-request?duration=1.2s"), (200, {"active_requests": 0, "draining": False}))
+        self.assertEqual(sidecar.active(), 0)
+
+    def test_metrics_have_the_promised_names_and_types(self):
+        sidecar = self.sidecar()
+        moment = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"
+        before = sidecar.get("/metrics")[1]
+        self.assertEqual(list(before)[:6], ["active_requests", "total_requests", "last_request_time", "start_time",
+                                            "is_processing", "idle_duration_seconds"])
+        self.assertIs(type(before["active_requests"]), int)
+        self.assertIs(type(before["total_requests"]), int)
+        self.assertIsNone(before["last_request_time"])
+        self.assertRegex(before["start_time"], moment)
+        self.assertIs(before["is_processing"], False)
+        self.assertGreater(until(lambda: sidecar.get("/metrics")[1]["idle_duration_seconds"]), 0)
+        sidecar.post("/start-request")
+        during = sidecar.get("/metrics")[1]
+        self.assertEqual((during["active_requests"], during["total_requests"]), (1, 1))
+        self.assertRegex(during["last_request_time"], moment)
+        self.assertIs(during["is_processing"], True)
+        self.assertEqual(during["idle_duration_seconds"], 0)
+        sidecar.post("/end-request")
+        after = sidecar.get("/metrics")[1]
+        self.assertEqual((after["active_requests"], after["total_requests"], after["is_processing"]), (0, 1, False))
+        self.assertEqual(after["start_time"], before["start_time"])
+
+    def test_a_retried_start_or_end_with_an_id_does_no_harm(self):
+        sidecar = self.sidecar()
+        for _ in range(3):
+            status, answer = sidecar.post("/start-request?id=update-7")
+            self.assertEqual((status, answer["request_id"], answer["active_requests"]), (200, "update-7", 1))
+        sidecar.post("/start-request?id=update-8")
+        for _ in range(3):
+            self.assertEqual(sidecar.post("/end-request?id=update-7"), (200, {"active_requests": 1, "draining": False}))
+        self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 2)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 1)
+
+    def test_an_id_may_be_used_again_for_a_later_request(self):
+        sidecar = self.sidecar()
+        for _ in range(2):
+            self.assertEqual(sidecar.post("/start-request?id=a")[1]["active_requests"], 1)
+            self.assertEqual(sidecar.post("/end-request?id=a")[1]["active_requests"], 0)
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 2)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 2)
+
+    def test_an_end_without_an_id_ends_the_oldest_that_was_started_without_one(self):
+        sidecar = self.sidecar()
+        own = [sidecar.post("/start-request" + query)[1]["request_id"] for query in ("?id=mine", "", "", "")]
+        self.assertEqual(sidecar.post("/end-request")[0], 200)
+        self.assertEqual([entry["request_id"] for entry in sidecar.get("/requests")[1]], [own[0], own[2], own[3]])
+        self.assertEqual(sidecar.post("/end-request?id=" + own[2])[0], 200)
+        self.assertEqual(sidecar.post("/end-request")[0], 200)
+        self.assertEqual([entry["request_id"] for entry in sidecar.get("/requests")[1]], ["mine"])
+        self.assertEqual(sidecar.post("/end-request")[0], 409)
+        self.assertEqual(sidecar.active(), 1)
+
+    def test_ids_that_the_sidecar_hands_out_differ(self):
+        sidecars = [self.sidecar(), self.sidecar()]
+        handed_out = [sidecar.post("/start-request")[1]["request_id"] for sidecar in sidecars for _ in range(50)]
+        self.assertEqual(len(set(handed_out)), 100)
+
+    def test_an_end_with_nothing_to_end_is_told_and_counted(self):
+        sidecar = self.sidecar()
+        for path in ("/end-request", "/end-request?id=nobody", "/end-request?duration=1s"):
+            status, answer = sidecar.post(path)
+            self.assertEqual((status, answer["active_requests"]), (409, 0))
+            self.assertIn("error", answer)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 3)
+        self.assertEqual(sidecar.sample("sidecar_active_requests"), 0)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 0)
+
+    def test_requests_are_listed_oldest_first_with_their_ages(self):
+        sidecar = self.sidecar()
+        for name in "cab":
+            sidecar.post("/start-request?id=" + name)
+        listed = until(lambda: [entry for entry in sidecar.get("/requests")[1] if entry["age_seconds"] > 0][2:] and
+                       sidecar.get("/requests")[1])
+        self.assertEqual([entry["request_id"] for entry in listed], ["c", "a", "b"])
+        ages = [entry["age_seconds"] for entry in listed]
+        self.assertEqual(ages, sorted(ages, reverse=True))
+
+    def test_ids_that_are_no_ids_are_refused(self):
+        sidecar = self.sidecar()
+        sidecar.post("/start-request?id=%20%7E" + "x" * 126)
+        self.assertEqual(sidecar.active(), 1)
+        for bad in ("id=", "id=" + "x" * 129, "id=a%0Ab", "id=%00", "id=%1B[2J", "id=a&id=b", "id=a&id=a"):
+            for path in ("/start-request", "/end-request"):
+                status, answer = sidecar.post(path + "?" + bad)
+                self.assertEqual((status, list(answer)), (400, ["error"]), bad)
+                self.assertNotIn("\n", answer["error"])
+        self.assertEqual(sidecar.active(), 1)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+
+    def test_unknown_parameters_are_ignored(self):
+        sidecar = self.sidecar()
+        self.assertEqual(sidecar.post("/start-request?user=7&&=&x")[0], 200)
+        self.assertEqual(sidecar.post("/end-request?user=7&duration=1s")[0], 200)
+        self.assertEqual(sidecar.active(), 0)
+
+    def test_many_threads_lose_no_count(self):
+        sidecar = self.sidecar()
+
+        def work(number):
+            connection = http.client.HTTPConnection(sidecar.host, sidecar.port, timeout=PATIENCE)
+            for turn in range(50):
+                query = "?id=%d-%d" % (number, turn) if number % 2 else ""
+                for path in ("/start-request", "/end-request"):
+                    connection.request("POST", path + query)
+                    answer = connection.getresponse()
+                    answer.read()
+                    self.assertEqual(answer.status, 200)
+            connection.close()
+
+        in_threads(16, work)
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 800)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 800)
+
+
+class TestDurations(Case):
+    """What `duration` may be."""
+
+    GOOD = [("1.2s", 1.2), ("1s", 1), ("0s", 0), ("350ms", 0.35), ("150%C2%B5s", 150e-6), ("150%CE%BCs", 150e-6),
+            ("150us", 150e-6), ("12ns", 12e-9), ("1m2.5s", 62.5), ("1h2m3s", 3723), ("1.5h", 5400), ("0.003s", 0.003),
+            ("5.1e-05s", 5.1e-05), ("1e-7s", 1e-07), ("3", 3), ("3.25", 3.25), (".5s", 0.5), ("1.s", 1), ("8760h", 31536000)]
+    BAD = ["", "abc", "-1s", "nan", "infs", "inf", "1e999s", "1%20s", "+1s", "s", "1m-2s", "1d", "8760h1s", "1s1", "1..2s",
+           "%D9%A1s", "0x1s", "1_0s", "1s&duration=1s", "9" * 200]
+
+    def test_good_ones_are_recorded(self):
+        sidecar, total = self.sidecar(), 0.0
+        for text, seconds in self.GOOD:
+            sidecar.post("/start-request")
+            self.assertEqual(sidecar.post("/end-request?duration=" + text)[0], 200, text)
+            before, total = total, sidecar.sample("sidecar_request_duration_seconds_sum")
+            self.assertAlmostEqual(total - before, seconds, delta=1e-9 * max(total, 1), msg=text)
+
+    def test_a_raw_micro_sign_is_understood(self):
+        sidecar = self.sidecar()
+        sidecar.post("/start-request")
+        request = "POST /end-request?duration=150µs HTTP/1.1\r\nConnection: close\r\n\r\n"
+        self.assertEqual(sidecar.answers(request.encode())[0][0], 200)
+        self.assertAlmostEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 150e-6)
+
+    def test_bad_ones_are_told_and_the_request_has_ended_all_the_same(self):
+        sidecar = self.sidecar()
+        for number, text in enumerate(self.BAD):
+            sidecar.post("/start-request?id=%d" % number)
+            status, answer = sidecar.post("/end-request?id=%d&duration=%s" % (number, text))
+            self.assertEqual((status, answer["active_requests"]), (400, 0), text)
+            self.assertIn("expected a duration", answer["error"])
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), len(self.BAD))
+        self.assertLess(sidecar.sample("sidecar_request_duration_seconds_sum"), PATIENCE)
+
+    def test_without_one_the_sidecars_own_clock_counts(self):
+        sidecar = self.sidecar()
+        sidecar.post("/start-request")
+        age = until(lambda: sidecar.get("/requests")[1][0]["age_seconds"])
+        sidecar.post("/end-request")
+        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), age)
+
+
+class TestDrain(Case):
+    """SIGTERM, SIGINT and /drain."""
+
+    def test_sigterm_waits_for_the_last_request(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            sidecar = self.sidecar()
+            sidecar.post("/start-request?id=a")
+            sidecar.post("/start-request?id=b")
+            sidecar.signal(number)
+            sidecar.wait_for("drain started")
+            self.assertEqual(sidecar.get("/ready"), (503, {"error": "draining"}))
+            self.assertEqual(sidecar.get("/health")[0], 200)
+            self.assertEqual(sidecar.get("/metrics")[1]["phase"], "draining")
+            self.assertEqual(sidecar.sample("sidecar_draining"), 1)
+            self.assertEqual(sidecar.post("/start-request?id=c")[1], {"request_id": "c", "active_requests": 3,
+                                                                      "draining": True})
+            for left, name in ((2, "a"), (1, "b"), (0, "c")):
+                self.assertIsNone(sidecar.process.poll())
+                self.assertEqual(sidecar.post("/end-request?id=" + name)[1], {"active_requests": left, "draining": True})
+            self.assertEqual(sidecar.wait(), 0)
+
+    def test_with_nothing_active_it_exits_at_once(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 0)
+
+    def test_when_the_grace_period_is_over_it_names_what_is_left(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.3)
+        for name in ("slow", "stuck"):
+            sidecar.post("/start-request?id=" + name)
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 1)
+        for name in ("slow", "stuck"):
+            self.assertGreaterEqual(float(sidecar.wait_for("still active request_id=%s age_seconds=(.*)" % name).group(1)),
+                                    0.3)
+
+    def test_the_log_tells_what_it_waits_for(self):
+        sidecar = self.sidecar(constants={"REPORT_SECONDS": 0.05})
+        sidecar.post("/start-request?id=stuck")
+        sidecar.signal(signal.SIGTERM)
+        for _ in range(2):
+            sidecar.wait_for("INFO draining active_requests=1 .*oldest_request_id=stuck oldest_age_seconds=", len(sidecar.lines))
+        sidecar.post("/end-request?id=stuck")
+        self.assertEqual(sidecar.wait(), 0)
+
+    def test_a_second_signal_ends_it_at_once(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
+        sidecar.post("/start-request")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        sidecar.signal(signal.SIGINT)
+        self.assertEqual(sidecar.wait(), 1)
+        sidecar.wait_for("second signal")
+
+    def test_the_quiet_period_begins_anew_with_each_request(self):
+        sidecar = self.sidecar(QUIET_PERIOD_SECONDS=1)
+        began = time.monotonic()
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        self.assertEqual(sidecar.post("/start-request?id=late")[0], 200)    # taken just before, reported just after
+        self.assertGreaterEqual(sidecar.get("/metrics")[1]["active_requests"], 1)
+        ended = time.monotonic()
+        sidecar.post("/end-request?id=late")
+        self.assertEqual(sidecar.wait(), 0)
+        self.assertGreaterEqual(time.monotonic() - max(ended, began), 1)
+
+    def test_quiet_since_before_the_drain_does_not_count(self):
+        sidecar = self.sidecar(QUIET_PERIOD_SECONDS=0.3)
+        until(lambda: sidecar.get("/metrics")[1]["idle_duration_seconds"] > 0.3)
+        began = time.monotonic()
+        self.assertEqual(sidecar.get("/drain")[0], 200)
+        self.assertGreaterEqual(time.monotonic() - began, 0.3)
+
+    def test_every_caller_of_drain_gets_the_answer(self):
+        sidecar = self.sidecar()
+        sidecar.post("/start-request?id=a")
+        with_answers = []
+        callers = threading.Thread(target=lambda: with_answers.extend(
+            in_threads(8, lambda number: sidecar.call("POST" if number % 2 else "GET", "/drain"))), daemon=True)
+        callers.start()
+        sidecar.wait_for("drain started")
+        self.assertEqual(sidecar.get("/ready")[0], 503)
+        sidecar.post("/end-request?id=a")
+        callers.join(PATIENCE)
+        self.assertEqual(with_answers, [(200, {"status": "drained", "active_requests": 0})] * 8)
+        self.assertEqual(sidecar.get("/ready")[0], 503)
+        self.assertEqual(sidecar.get("/metrics")[1]["phase"], "drained")
+
+    def test_drain_says_when_the_grace_period_is_over(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.2)
+        sidecar.post("/start-request")
+        status, answer = sidecar.get("/drain")
+        self.assertEqual((status, answer["active_requests"]), (503, 1))
+        self.assertIn("grace period", answer["error"])
+        self.assertEqual(sidecar.sample('sidecar_drains_total{outcome="timed_out"}'), 1)
+
+    def test_those_who_wait_at_sigterm_get_their_answer_before_the_exit(self):
+        sidecar = self.sidecar()
+        sidecar.post("/start-request?id=a")
+        answers = []
+        callers = threading.Thread(target=lambda: answers.extend(in_threads(4, lambda _: sidecar.get("/drain"))), daemon=True)
+        callers.start()
+        sidecar.wait_for("drain started")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("INFO signal")
+        sidecar.post("/end-request?id=a")
+        self.assertEqual(sidecar.wait(), 0)
+        callers.join(PATIENCE)
+        self.assertEqual([status for status, _ in answers], [200] * 4)
+
+    def test_idle_connections_do_not_delay_the_exit_nor_lose_the_last_answer(self):
+        for _ in range(5):
+            sidecar = self.sidecar()
+            idle = [sidecar.raw(b"GET /health HTTP/1.1\r\n\r\n") for _ in range(20)]
+            sidecar.post("/start-request")
+            sidecar.signal(signal.SIGTERM)
+            sidecar.wait_for("drain started")
+            self.assertEqual(sidecar.post("/end-request")[0], 200)
+            self.assertEqual(sidecar.wait(), 0)
+            for connection in idle:
+                connection.close()
+
+    def test_a_sigterm_after_a_drain_goes_on_with_it(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.5)
+        sidecar.post("/start-request?id=a")
+        self.assertEqual(sidecar.get("/drain")[0], 503)
+        sidecar.signal(signal.SIGTERM)                  # its grace period is over: no second one
+        self.assertEqual(sidecar.wait(), 1)
+        sidecar.wait_for("still active request_id=a")
+
+    def test_a_new_request_undoes_a_drain_that_no_sigterm_followed(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
+        self.assertEqual(sidecar.get("/drain")[0], 200)
+        self.assertEqual(sidecar.get("/ready")[0], 503)
+        self.assertEqual(sidecar.post("/start-request?id=a")[1]["draining"], False)
+        self.assertEqual(sidecar.get("/ready")[0], 200)
+        self.assertEqual(sidecar.get("/metrics")[1]["phase"], "serving")
+        sidecar.wait_for("serving again")
+        sidecar.signal(signal.SIGTERM)                  # and the next drain waits again
+        sidecar.wait_for("drain started active_requests=1")
+        sidecar.post("/end-request?id=a")
+        self.assertEqual(sidecar.wait(), 0)
+
+    def test_time_undoes_a_drain_that_no_sigterm_followed(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.2)
+        self.assertEqual(sidecar.get("/drain")[0], 200)
+        until(lambda: sidecar.get("/ready")[0] == 200, "ready again")
+        sidecar.wait_for("serving again")
+
+    @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
+    def test_it_works_as_pid_1(self):
+        sidecar = self.program("unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c",
+                               "import os, sys; sys.path.insert(0, %r); import sidecar; print('pid', os.getpid(), flush=True); "
+                               "sidecar.main([])" % HERE, env={"SIDECAR_PORT": 0, "METRICS_PORT": 0})
+        self.assertEqual(sidecar.wait_for(r"pid (\d+)").group(1), "1")
+        sidecar.wait_for("listening")
+        children = "/proc/%d/task/%d/children" % (sidecar.process.pid, sidecar.process.pid)
+        with open(children) as file:
+            os.kill(int(file.read().split()[0]), signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 0)
+        sidecar.wait_for("drain completed")
+
+
+class TestEndpoints(Case):
+    """What is common to every endpoint."""
+
+    def test_head_works_wherever_get_does(self):
+        sidecar = self.sidecar()
+        for path in ("/metrics", "/requests", "/health", "/ready"):
+            with_body, without = sidecar.answers(("GET %s HTTP/1.1\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
+            self.assertEqual((with_body[0], without[0]), (200, 200), path)
+            self.assertTrue(with_body[2])
+            self.assertEqual(without[2], "")
+        with sidecar.raw(b"HEAD /metrics HTTP/1.0\r\n\r\n", sidecar.metrics_port) as connection:
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        self.assertTrue(answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\n"), answer)
+
+    def test_unknown_paths_are_404_in_json(self):
+        sidecar = self.sidecar()
+        for port in (sidecar.port, sidecar.metrics_port):
+            for method in ("GET", "POST", "HEAD", "BREW"):
+                status, answer = sidecar.call(method, "/coffee?id=1", port=port)
+                self.assertEqual(status, 404)
+                if method != "HEAD":
+                    self.assertIn("/coffee", answer["error"])
+
+    def test_wrong_methods_are_405_with_allow(self):
+        sidecar = self.sidecar()
+        for method, path, allow in (("GET", "/start-request", "POST"), ("PUT", "/end-request", "POST"),
+                                    ("POST", "/metrics", "GET, HEAD"), ("DELETE", "/drain", "GET, POST, HEAD"),
+                                    ("OPTIONS", "/health", "GET, HEAD"), ("POST", "/ready", "GET, HEAD")):
+            answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
+            self.assertEqual((answer[0], answer[1]["allow"]), (405, allow))
+            self.assertIn("error", json.loads(answer[2]))
+        self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
+        self.assertEqual(sidecar.call("POST", "/metrics", port=sidecar.metrics_port)[0], 405)
+
+    @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
+    def test_others_may_look_but_not_change_anything(self):
+        inside = self.program("unshare", "--net", "sh", "-c", "ip link set lo up && ip address add 192.0.2.10 dev lo && "
+                              "exec \"$@\"", "sh", sys.executable, "-c", "import test_sidecar; test_sidecar.call_as_another()",
+                              cwd=HERE)
+        self.assertEqual(inside.wait(), 0, inside.log)
+        self.assertEqual(inside.log, "as expected")
+
+    def test_a_browser_on_another_site_may_not_change_anything(self):
+        sidecar = self.sidecar()
+        for origin, expected in (("https://example.com", 403), ("null", 403), ("http://127.0.0.1.example.com:8081", 403),
+                                 ("http://localhost:8081", 200), ("http://[::1]:8081", 200), ("http://127.0.0.1", 200)):
+            self.assertEqual(sidecar.call("POST", "/start-request", headers={"Origin": origin})[0], expected, origin)
+        self.assertEqual(sidecar.active(), 3)
+
+    def test_it_listens_on_ipv4_and_ipv6(self):
+        sidecar = self.sidecar(SIDECAR_HOST=None)
+        for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            try:
+                socket.socket(family).close()
+            except OSError:
+                continue
+            sidecar.host = host
+            self.assertEqual(sidecar.post("/start-request")[0], 200)    # IPv4-mapped loopback is loopback too
+        for host in ("127.0.0.1", "localhost"):
+            self.assertEqual(self.sidecar(SIDECAR_HOST=host).get("/health")[0], 200)
+
+
+def call_as_another():
+    """In a network namespace where 192.0.2.10 is an address of this host: call a sidecar from there."""
+    for trusted, expected in (("", 403), ("192.0.2.10/32", 200), ("198.51.100.0/24, 192.0.2.10", 200), ("198.51.100.1", 403)):
+        sidecar = SidecarProcess(SIDECAR_HOST=None, TRUSTED_CLIENTS=trusted)
+        sidecar.host = "192.0.2.10"
+        try:
+            for path in ("/start-request", "/end-request", "/drain"):
+                status, answer = sidecar.post(path)
+                assert status == expected, (trusted, path, status, answer)
+                assert status == 200 or "TRUSTED_CLIENTS" in answer["error"], answer
+            for path in ("/metrics", "/requests", "/health"):
+                assert sidecar.get(path)[0] == 200, path
+            assert "sidecar_info" in sidecar.prometheus()
+        finally:
+            sidecar.kill()
+    print("as expected")
+
+
+class TestHostileClients(Case):
+    """Bad input never leaves a traceback, a lost count or a stuck server."""
+
+    def setUp(self):
+        self.target = self.sidecar()
+
+    def tearDown(self):
+        self.assertEqual(self.target.get("/health")[0], 200)
+        self.assertNotIn("Traceback", self.target.log)
+        self.assertNotIn("failed", self.target.log)
+
+    def statuses(self, data):
+        answers = self.target.answers(data)
+        for status, headers, body in answers:
+            if status >= 400:
+                self.assertEqual(list(json.loads(body))[:1], ["error"])
+        return [status for status, _, _ in answers]
+
+    def test_malformed_requests_are_400(self):
+        for head in (b"GET", b"GET /health", b"GET /health HTTP/2.0", b"GET /health HTTP/1.1 x", b"GET  /health HTTP/1.1",
+                     b"GET health HTTP/1.1", b"G@T /health HTTP/1.1", b"\x16\x03\x01\x02\x00\x01\x00", b"GET /\x00 HTTP/1.1",
+                     b"GET /health HTTP/1.1\r\nno colon", b"GET /health HTTP/1.1\r\n: empty",
+                     b"GET /health HTTP/1.1\r\nspace : x", b"GET /health HTTP/1.1\r\nA: x\r\n folded",
+                     b"GET /health HTTP/1.1\r\nA: \x00", b"GET /health HTTP/1.1\r\nA: a\rb"):
+            self.assertEqual(self.statuses(head + b"\r\n\r\n"), [400], head)
+
+    def test_over_long_heads_are_414_and_431(self):
+        self.assertEqual(self.statuses(b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n"), [414])
+        self.assertEqual(self.statuses(b"GET /" + b"x" * 100000), [414])
+        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nA: " + b"x" * 20000 + b"\r\n\r\n"), [431])
+        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\n" + b"A: x\r\n" * 20000 + b"\r\n"), [431])
+        self.assertEqual(self.statuses(b"GET /health HTTP/1.0\r\nA: " + b"x" * 8000 + b"\r\n\r\n"), [200])
+
+    def test_a_body_is_read_and_dropped(self):
+        last = b"GET /health HTTP/1.0\r\n\r\n"
+        for body in (b"Content-Length: 5\r\n\r\nhello", b"Content-Length: 0\r\n\r\n",
+                     b"Content-Length: 65536\r\n\r\n" + b"x" * 65536,
+                     b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+                     b"Transfer-Encoding: Chunked\r\n\r\n00A;x=y\r\n0123456789\r\n1\r\nx\r\n0\r\nTrailer: x\r\n\r\n"):
+            for method, path in ((b"POST", b"/start-request"), (b"GET", b"/health"), (b"GET", b"/nowhere")):
+                statuses = self.statuses(method + b" " + path + b" HTTP/1.1\r\n" + body + last)
+                self.assertEqual(statuses, [404 if path == b"/nowhere" else 200, 200], body[:60])
+
+    def test_a_body_that_is_too_long_or_malformed_closes_the_connection(self):
+        after = b"GET /health HTTP/1.1\r\n\r\n"
+        for fields, expected in ((b"Content-Length: 65537\r\n\r\n" + b"x" * 65537, 413),
+                                 (b"Content-Length: 9999999999999999999999\r\n\r\n", 413),
+                                 (b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 413),
+                                 (b"Content-Length: -1\r\n\r\n", 400), (b"Content-Length: 1_0\r\n\r\n", 400),
+                                 (b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
+                                 (b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+                                 (b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+                                 (b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
+                                 (b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n", 400),
+                                 (b"Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n0\r\n\r\n", 400),
+                                 (b"Transfer-Encoding: chunked\r\n\r\n" + b"1" * 9000, 400),
+                                 (b"Transfer-Encoding: chunked\r\n\r\n10001\r\n" + b"x" * 65537, 413),
+                                 (b"Transfer-Encoding: chunked\r\n\r\n" + (b"8000\r\n" + b"x" * 32768 + b"\r\n") * 3, 413)):
+            self.assertEqual(self.statuses(b"POST /start-request HTTP/1.1\r\n" + fields + after), [expected], fields[:60])
+        self.assertEqual(self.target.active(), 0)
+
+    def test_expect_100_continue(self):
+        head = b"POST /start-request HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        with self.target.raw(head % 5) as connection:
+            self.assertEqual(connection.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(b"hello")
+            self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n"))
+        self.assertEqual(self.statuses(head % 70000), [413])
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\n\r\n\r\nGET /nowhere HTTP/1.1\n\nPOST /start-request HTTP/1.1\r\n"
+                                       b"\r\nPOST /health HTTP/1.1\r\nConnection: close\r\n\r\nGET /health HTTP/1.1\r\n\r\n"),
+                         [200, 404, 200, 405])
+
+    def test_http_1_0_and_connection_close(self):
+        for head, keeps in ((b"HTTP/1.0", False), (b"HTTP/1.0\r\nConnection: Keep-Alive", True), (b"HTTP/1.1", True),
+                            (b"HTTP/1.1\r\nConnection: Close", False)):
+            data = b"GET /health " + head + b"\r\n\r\n"
+            self.assertEqual(self.statuses(data * 2 + b"GET /ready HTTP/1.0\r\n\r\n"), [200] * (3 if keeps else 1), head)
+
+    def test_absolute_targets(self):
+        self.assertEqual(self.statuses(b"GET http://sidecar:8081/health HTTP/1.0\r\nHost: sidecar\r\n\r\n"), [200])
+        self.assertEqual(self.statuses(b"OPTIONS * HTTP/1.0\r\n\r\n"), [404])
+
+    def test_requests_in_single_bytes(self):
+        with self.target.raw(b"") as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for byte in b"POST /start-request?id=a HTTP/1.0\r\nContent-Length: 2\r\n\r\nhi":
+                connection.sendall(bytes([byte]))
+            self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n"))
+        self.assertEqual(self.target.active(), 1)
+
+    def test_a_client_that_stops_in_the_middle_is_let_go(self):
+        self.target = self.sidecar(constants={"REQUEST_SECONDS": 0.2})
+        for data in (b"GET /hea", b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe"):
+            self.assertEqual(self.statuses(data), [408])
+        self.assertEqual(self.target.active(), 0)
+        with self.target.raw(b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe"):
+            pass                                                    # one that is gone in the middle
+        self.assertEqual(self.target.active(), 0)
+
+    def test_an_idle_connection_is_closed(self):
+        self.target = self.sidecar(constants={"IDLE_SECONDS": 0.2})
+        self.assertEqual(self.statuses(b""), [])
+        self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\n\r\n"), [200])
+        self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\nContent-Length: 1\r\n\r\nxGET /ready HTTP/1.1\r\n\r\n"), [200] * 2)
+
+    def test_a_client_that_does_not_read_its_answer(self):
+        for _ in range(50):
+            self.target.raw(b"POST /start-request HTTP/1.1\r\n\r\n").close()
+        until(lambda: self.target.active() == 50)
+
+    def test_more_than_512_connections(self):
+        held = []
+        self.addCleanup(lambda: [connection.close() for connection in held])
+        for _ in range(512):
+            held.append(self.target.raw(b""))
+        # accepted in their order: the next one is the first too many
+        with self.target.raw(b"") as refused:
+            answer = b"".join(iter(lambda: refused.recv(65536), b""))
+        self.assertTrue(answer.startswith(b"HTTP/1.1 503 "), answer)
+        self.assertEqual(json.loads(answer.partition(b"\r\n\r\n")[2].decode()), {"error": "too many connections"})
+        held[0].sendall(b"POST /start-request HTTP/1.1\r\n\r\n")
+        self.assertTrue(held[0].recv(65536).startswith(b"HTTP/1.1 200 "))
+        while held:
+            held.pop().close()
+
+        def recovered():
+            with self.target.raw(b"GET /metrics HTTP/1.0\r\n\r\n") as connection:
+                return connection.recv(12) == b"HTTP/1.1 200"
+        until(recovered)
+        self.assertEqual(self.target.active(), 1)
+
+    def test_a_burst_of_300_connects(self):
+        burst = [socket.socket() for _ in range(300)]
+        self.addCleanup(lambda: [connection.close() for connection in burst])
+        self.target.signal(signal.SIGSTOP)              # so that nothing is accepted: it is the backlog that is tested
+        for connection in burst:
+            connection.settimeout(PATIENCE)
+            connection.connect(("127.0.0.1", self.target.port))
+        self.target.signal(signal.SIGCONT)
+        for connection in burst:
+            connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        for connection in burst:
+            self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
+
+
+class TestPrometheus(Case):
+    """Port 9091, as text 0.0.4 and as OpenMetrics."""
+
+    KINDS = {"sidecar_active_requests": "gauge", "sidecar_requests_total": "counter",
+             "sidecar_request_duration_seconds": "histogram", "sidecar_unmatched_ends_total": "counter",
+             "sidecar_oldest_request_age_seconds": "gauge", "sidecar_draining": "gauge",
+             "sidecar_last_request_timestamp_seconds": "gauge", "sidecar_start_time_seconds": "gauge", "sidecar_info": "gauge"}
+
+    def families(self, text):
+        """Return {family: (type, help, {sample with labels: value})} of an exposition; each line is checked."""
+        families, current = {}, None
+        for line in text.splitlines():
+            comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
+            sample = re.fullmatch(r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
+            if comment and comment.group(1) == "HELP":
+                current = comment.group(2)
+                self.assertNotIn(current, families)
+                families[current] = [None, comment.group(3), {}]
+            elif comment:
+                self.assertEqual(comment.group(2), current)
+                families[current][0] = comment.group(3)
+            else:
+                self.assertTrue(sample, line)
+                self.assertTrue(sample.group(1).startswith(current), line)
+                families[current][2][sample.group(1) + (sample.group(2) or "")] = float(sample.group(3))
+        return families
+
+    def test_every_metric_has_its_help_type_and_value(self):
+        sidecar = self.sidecar()
+        for path in ("/start-request?id=a", "/start-request?id=b", "/end-request?id=a&duration=40ms", "/end-request"):
+            sidecar.post(path)
+        families = self.families(sidecar.prometheus())
+        self.assertEqual({name: families[name][0] for name in self.KINDS}, self.KINDS)
+        value = {name: samples for _, _, family in families.values() for name, samples in family.items()}
+        self.assertEqual([value["sidecar_active_requests"], value["sidecar_requests_total"],
+                          value["sidecar_unmatched_ends_total"], value["sidecar_draining"]], [1, 2, 1, 0])
+        self.assertGreater(value["sidecar_oldest_request_age_seconds"], 0)
+        for name in ("sidecar_last_request_timestamp_seconds", "sidecar_start_time_seconds"):
+            self.assertLess(abs(value[name] - time.time()), 2 * PATIENCE)
+        self.assertEqual([value[name] for name in value if name.startswith("sidecar_info{version=")], [1])
+        if os.path.exists("/proc/self/stat"):
+            with open("/proc/%d/statm" % sidecar.process.pid) as file:
+                pages = int(file.read().split()[1])
+            self.assertLess(abs(value["process_resident_memory_bytes"] - pages * 4096), 8 << 20)
+            self.assertLess(abs(value["process_start_time_seconds"] - time.time()), 2 * PATIENCE)
+            for name in ("process_cpu_seconds_total", "process_open_fds", "process_max_fds", "process_virtual_memory_bytes"):
+                self.assertGreaterEqual(value[name], 0)
+
+    def test_the_histogram_is_cumulative(self):
+        sidecar = self.sidecar()
+        durations = (0.001, 0.005, 0.0051, 0.3, 60, 61)
+        for seconds in durations:
+            sidecar.post("/start-request")
+            sidecar.post("/end-request?duration=%s" % seconds)
+        _, _, samples = self.families(sidecar.prometheus())["sidecar_request_duration_seconds"]
+        buckets = [(re.search('le="(.*)"', name).group(1), count) for name, count in samples.items() if "_bucket" in name]
+        self.assertEqual([bound for bound, _ in buckets], ["0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0",
+                                                           "2.5", "5.0", "10.0", "30.0", "60.0", "+Inf"])
+        for bound, count in buckets:
+            self.assertEqual(count, sum(seconds <= float(bound) for seconds in durations), bound)
+        self.assertEqual(samples["sidecar_request_duration_seconds_count"], 6)
+        self.assertAlmostEqual(samples["sidecar_request_duration_seconds_sum"], sum(durations))
+
+    def test_content_types_follow_accept(self):
+        sidecar = self.sidecar()
+        for accept, expected in ((None, "text/plain; version=0.0.4; charset=utf-8"), ("text/plain", "text/plain; version=0.0.4; "
+                                 "charset=utf-8"), ("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2",
+                                 "application/openmetrics-text; version=1.0.0; charset=utf-8")):
+            with sidecar.raw(("GET /metrics HTTP/1.0\r\n%s\r\n" % ("Accept: %s\r\n" % accept if accept else "")).encode(),
+                             sidecar.metrics_port) as connection:
+                text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+            self.assertIn("Content-Type: %s\r\n" % expected, text)
+            self.assertEqual(text.endswith("# EOF\n"), "openmetrics" in expected)
+            self.assertEqual("# TYPE sidecar_requests counter" in text, "openmetrics" in expected)
+            self.assertIn("\nsidecar_requests_total 0\n", text)
+
+
+class TestCommands(Case):
+    """python sidecar.py COMMAND, and the settings."""
+
+    def run_sidecar(self, *argv, **env):
+        """Return (status, output, errors) of a command."""
+        env = dict(os.environ, **{name: str(value) for name, value in env.items()})
+        done = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py")] + list(argv), env=env, timeout=PATIENCE,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def test_they_print_the_answer_and_exit_0_or_1(self):
+        sidecar = self.sidecar()
+        sidecar.post("/start-request?id=a")
+        for command in ("health", "ready", "metrics", "requests"):
+            status, output, errors = self.run_sidecar(command, SIDECAR_URL=sidecar.url + "/")
+            self.assertEqual((status, errors), (0, ""), command)
+            self.assertTrue(json.loads(output))
+        self.assertIn('"request_id": "a"', output)
+        self.assertEqual(self.run_sidecar("health", SIDECAR_URL="", SIDECAR_PORT=sidecar.port)[0], 0)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        self.assertEqual(self.run_sidecar("ready", SIDECAR_URL=sidecar.url), (1, '{"error": "draining"}\n', ""))
+        self.assertEqual(self.run_sidecar("health", SIDECAR_URL=sidecar.url)[0], 0)
+
+    def test_drain_waits_as_long_as_the_sidecar_does(self):
+        sidecar = self.sidecar()
+        sidecar.post("/start-request?id=a")
+        drain = self.program(sys.executable, os.path.join(HERE, "sidecar.py"), "drain", env={"SIDECAR_URL": sidecar.url})
+        sidecar.wait_for("drain started")
+        self.assertIsNone(drain.process.poll())
+        sidecar.post("/end-request?id=a")
+        self.assertEqual(drain.wait(), 0)
+        self.assertIn("drained", drain.log)
+
+    def test_drain_fails_when_the_grace_period_is_over(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.1)
+        sidecar.post("/start-request?id=a")
+        self.assertEqual(self.run_sidecar("drain", SIDECAR_URL=sidecar.url)[0], 1)
+
+    def test_without_a_sidecar_there_it_is_one_line_and_1(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))            # and nobody listens
+            status, output, errors = self.run_sidecar("health", SIDECAR_URL="http://127.0.0.1:%d" % taken.getsockname()[1])
+        self.assertEqual((status, output, errors.count("\n")), (1, "", 1))
+
+    def test_help_and_version(self):
+        status, output, errors = self.run_sidecar("--help")
+        self.assertEqual((status, errors), (0, ""))
+        for name in ("/start-request", "GRACE_PERIOD_SECONDS", "METRICS_PORT", "drain"):
+            self.assertIn(name, output)
+        self.assertRegex(self.run_sidecar("--version")[1], r"^sidecar \d+\.\d+\.\d+\n$")
+
+    def test_anything_else_is_one_line_and_2(self):
+        for argv in (["--port"], ["serve"], ["health", "now"], [""]):
+            status, output, errors = self.run_sidecar(*argv)
+            self.assertEqual((status, output, errors.count("\n")), (2, "", 1), argv)
+
+    def test_bad_settings_are_one_line_and_2(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            for name, value in (("SIDECAR_PORT", "http"), ("SIDECAR_PORT", "65536"), ("METRICS_PORT", "-1"),
+                                ("SIDECAR_PORT", str(taken.getsockname()[1])), ("METRICS_PORT", str(taken.getsockname()[1])),
+                                ("GRACE_PERIOD_SECONDS", "soon"), ("GRACE_PERIOD_SECONDS", "-1"), ("GRACE_PERIOD_SECONDS", "nan"),
+                                ("QUIET_PERIOD_SECONDS", "1d"), ("TRUSTED_CLIENTS", "10.0.0.0/33"), ("TRUSTED_CLIENTS", "pod"),
+                                ("LOG_LEVEL", "LOUD"), ("LOG_FORMAT", "xml"), ("SIDECAR_HOST", "no.such.host.invalid"),
+                                ("SIDECAR_URL", "ftp://x"), ("SIDECAR_URL", "http://x:y")):
+                env = dict({"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0}, **{name: value})
+                status, output, errors = self.run_sidecar(*["health"] if name == "SIDECAR_URL" else [], **env)
+                self.assertEqual((status, output, errors.count("\n")), (2, "", 1), errors)
+                self.assertIn(name, errors)
+                self.assertIn(value, errors)
+
+
+class TestLogs(Case):
+    """One line an event, on stderr."""
+
+    def test_text(self):
+        sidecar = self.sidecar()
+        self.assertRegex(sidecar.lines[0], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO listening api=http://127.0.0.1:\d+ "
+                                           r"metrics=http://127.0.0.1:\d+ version=")
+        sidecar.post("/start-request?id=a%20b")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for('drain started .* oldest_request_id="a b"')
+
+    def test_json_tells_a_whole_drain(self):
+        sidecar = self.sidecar(LOG_FORMAT="json", GRACE_PERIOD_SECONDS=0.1)
+        sidecar.post("/start-request?id=a%22b")
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 1)
+        events = [json.loads(line) for line in sidecar.lines]
+        for event in events:
+            self.assertEqual(list(event)[:3], ["time", "level", "event"])
+        self.assertEqual([event["event"] for event in events], ["listening", "signal", "drain started", "drain timed out",
+                                                                "still active", "exit"])
+        self.assertEqual(events[1]["signal"], "SIGTERM")
+        self.assertEqual((events[2]["active_requests"], events[2]["oldest_request_id"]), (1, 'a"b'))
+        self.assertEqual((events[4]["level"], events[4]["request_id"]), ("WARNING", 'a"b'))
+        self.assertEqual(events[5]["status"], 1)
+
+    def test_requests_are_logged_at_debug_only(self):
+        quiet, loud = self.sidecar(), self.sidecar(LOG_LEVEL="debug")
+        for sidecar in (quiet, loud):
+            sidecar.post("/start-request?id=a")
+            sidecar.signal(signal.SIGTERM)
+            sidecar.wait_for("drain started")
+            sidecar.post("/end-request?id=a")
+            sidecar.wait()
+        self.assertNotIn("/start-request", quiet.log)
+        loud.wait_for("DEBUG request client=127.0.0.1 method=POST path=/start-request query=\"id=a\" status=200")
 
 
 if __name__ == "__main__":
