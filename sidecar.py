@@ -16,6 +16,7 @@ Endpoints on SIDECAR_PORT (those marked * answer loopback and TRUSTED_CLIENTS on
       GET  /requests        the active requests, oldest first: [{"request_id", "age_seconds"}, ...]
       GET  /health          200 as long as the sidecar runs
       GET  /ready           200, or 503 while draining or drained
+    * POST /reset           the worker has just started: what is active now is given up
     * GET  /drain           answers when the count is zero (200) or the grace period is over (503); POST does the same
 
 On METRICS_PORT: GET /metrics, the Prometheus text format, or OpenMetrics where Accept asks for it.
@@ -27,6 +28,7 @@ Variables, all of them optional:
     METRICS_PORT           Prometheus's port; 0 picks a free one        9091
     GRACE_PERIOD_SECONDS   the longest that a drain may take            30
     QUIET_PERIOD_SECONDS   how long a drain wants to see the count at 0 0
+    REQUEST_TIMEOUT_SECONDS  a request older than this is given up; 0: never     0
     TRUSTED_CLIENTS        CIDRs that may call * beside loopback        none
     LOG_LEVEL              DEBUG (each request), INFO, WARNING, ERROR   INFO
     LOG_FORMAT             text or json                                 text
@@ -34,7 +36,6 @@ Variables, all of them optional:
 SIGTERM or SIGINT starts a drain. The exit status is 0 when it reached zero, 1 when the grace period was over first, or
 when a second signal cut it short, and 2 for a bad setting.
 """
-import collections
 import errno
 import functools
 import http.client
@@ -52,8 +53,9 @@ import socketserver
 import sys
 import threading
 import time
-import types
 from bisect import bisect_left
+from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
 
 __version__ = "1.0.0"
@@ -61,7 +63,7 @@ __version__ = "1.0.0"
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
 COMMANDS = ("health", "ready", "drain", "metrics", "requests")
 SERVING, DRAINING, DRAINED = "serving", "draining", "drained"
-REMEMBERED_ENDS = 1024          # ids that have ended, kept so that a retried end is known as one
+REMEMBERED = 1024               # ids that have ended or were given up, so that a retried or late end is known as one
 REPORT_SECONDS = 5              # how often a drain that waits says so in the log
 
 log = logging.getLogger("sidecar")
@@ -73,47 +75,33 @@ class Settings:
     """The variables in the docstring above, read once from a mapping such as os.environ. ValueError names a bad one."""
 
     def __init__(self, environ):
-        self.host = environ.get("SIDECAR_HOST", "")
-        self.port = self._port(environ, "SIDECAR_PORT", "8081")
-        self.metrics_port = self._port(environ, "METRICS_PORT", "9091")
-        self.grace_period_seconds = self._seconds(environ, "GRACE_PERIOD_SECONDS", "30")
-        self.quiet_period_seconds = self._seconds(environ, "QUIET_PERIOD_SECONDS", "0")
-        self.trusted_clients = self._networks(environ, "TRUSTED_CLIENTS")
-        self.log_level = self._choice(environ, "LOG_LEVEL", "INFO", ("DEBUG", "INFO", "WARNING", "ERROR"))
-        self.log_format = self._choice(environ, "LOG_FORMAT", "text", ("text", "json"))
-
-    @staticmethod
-    def _port(environ, name, default):
-        text = environ.get(name) or default
-        if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-            raise ValueError("%s=%r: expected a port from 0 to 65535" % (name, text))
-        return int(text)
-
-    @staticmethod
-    def _seconds(environ, name, default):
-        try:
-            return parse_duration(environ.get(name) or default)
-        except ValueError as error:
-            raise ValueError("%s=%r: %s" % (name, environ[name], error)) from None
-
-    @staticmethod
-    def _networks(environ, name):
-        networks = [ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")]
-        for text in environ.get(name, "").replace(",", " ").split():
+        def read(name, default, parse, expected):
+            text = environ.get(name) or default
             try:
-                networks.append(ipaddress.ip_network(text, strict=False))
+                return parse(text)
             except ValueError:
-                raise ValueError("%s=%r: expected addresses or CIDRs such as 10.0.0.0/8, separated by commas"
-                                 % (name, text)) from None
-        return networks
+                raise ValueError("%s=%r: expected %s" % (name, text, expected)) from None
 
-    @staticmethod
-    def _choice(environ, name, default, choices):
-        text = environ.get(name) or default
-        for choice in choices:
-            if text.lower() == choice.lower():
-                return choice
-        raise ValueError("%s=%r: expected one of %s" % (name, text, ", ".join(choices)))
+        levels, formats, a_port = ("DEBUG", "INFO", "WARNING", "ERROR"), ("text", "json"), "a port from 0 to 65535"
+        self.host = environ.get("SIDECAR_HOST", "")
+        self.port = read("SIDECAR_PORT", "8081", parse_port, a_port)
+        self.metrics_port = read("METRICS_PORT", "9091", parse_port, a_port)
+        self.grace_period_seconds = read("GRACE_PERIOD_SECONDS", "30", parse_duration, A_DURATION)
+        self.quiet_period_seconds = read("QUIET_PERIOD_SECONDS", "0", parse_duration, A_DURATION)
+        self.request_timeout_seconds = read("REQUEST_TIMEOUT_SECONDS", "0", parse_duration, A_DURATION)
+        self.trusted_clients = read("TRUSTED_CLIENTS", "", parse_networks,
+                                    "addresses or CIDRs such as 10.0.0.0/8, separated by commas")
+        self.log_level = levels[read("LOG_LEVEL", "INFO", lambda text: levels.index(text.upper()), ", ".join(levels))]
+        self.log_format = formats[read("LOG_FORMAT", "text", lambda text: formats.index(text.lower()), "text or json")]
+
+
+def parse_port(text):
+    return range(65536).index(int(text))
+
+
+def parse_networks(text):
+    return [ipaddress.ip_network(network, strict=False)
+            for network in ["127.0.0.0/8", "::1/128"] + text.replace(",", " ").split()]
 
 
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}    # both mus
@@ -121,6 +109,7 @@ NUMBER = r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
 DURATION_PART = re.compile(NUMBER + "(ns|us|µs|μs|ms|s|m|h)")
 DURATION = re.compile("%s|(?:%s)+" % (NUMBER, DURATION_PART.pattern))
 YEAR_SECONDS = 365 * 24 * 3600.0
+A_DURATION = "a duration from 0 to a year, such as 1.2s, 350ms, 1m2.5s or a number of seconds"
 
 
 def parse_duration(text):
@@ -133,39 +122,40 @@ def parse_duration(text):
         seconds = sum(float(number) * UNITS[unit] for number, unit in parts) if parts else float(text)
         if seconds <= YEAR_SECONDS:
             return seconds
-    raise ValueError("expected a duration from 0 to a year, such as 1.2s, 350ms, 1m2.5s or a number of seconds")
+    raise ValueError("%r: expected %s" % (text[:100], A_DURATION))
 
 
 # ---- The tracker ------------------------------------------------------------------------------------------------------
 
 class RequestTracker:
-    """The requests in flight, the totals, and the drain. Any thread may call any method.
+    """The requests in flight, the totals, and the drain. Any thread may call any method. Durations are in seconds.
 
     The phase goes from serving to draining (`drain`) to drained. Without a SIGTERM (`final`), a drained tracker serves
     again from the next start on, or once the grace period has passed again: it was only the worker that restarted.
+    No thread or timer watches the time: what time brings is done by the next call (`_settle`), and drains sleep until then.
     """
 
-    def __init__(self, grace_period_seconds=30.0, quiet_period_seconds=0.0):
+    def __init__(self, grace_period_seconds=30.0, quiet_period_seconds=0.0, request_timeout_seconds=0.0):
         self.grace_period_seconds = grace_period_seconds
         self.quiet_period_seconds = quiet_period_seconds
-        self._condition = threading.Condition()             # guards all that follows; notified when a drain may be over
-        self._active = collections.OrderedDict()            # id: start on the monotonic clock; the oldest is the first
-        self._without_id = collections.OrderedDict()        # those of them whose worker brought no id
-        self._ended_ids = collections.OrderedDict()         # the latest ids that a worker ended
-        self._id_prefix = os.urandom(4).hex()               # so that an id from before a restart is not known
-        self._started = self._ended = self._unmatched_ends = 0
-        self._duration_counts = [0] * (len(BUCKETS) + 1)
-        self._duration_sum = 0.0
-        self._start_time = time.time()
-        self._last_start_time = None
+        self.request_timeout_seconds = request_timeout_seconds or float("inf")
+        self._condition = threading.Condition()         # guards all that follows; notified when a drain may be over
+        self._active = OrderedDict()                    # {id: start on the monotonic clock}, the oldest first
+        self._without_id = OrderedDict()                # {id: None} of those whose worker brought no id, the oldest first
+        self._ended_ids = OrderedDict()                 # {id: None} of the latest ends that named one
+        self._given_up = OrderedDict()                  # {id: (start, did the worker bring the id?)} of the latest
+        self._id_prefix = os.urandom(4).hex()           # so that an id from before a restart is unknown
+        self._started = self._unmatched_ends = self._expired = 0
+        self._duration_counts, self._duration_sum = [0] * (len(BUCKETS) + 1), 0.0
+        self._start_time, self._last_start_time = time.time(), None
         self._idle_since = time.monotonic()
-        self._drain = None                                  # the drain that is under way or over; None while serving
+        self._drain = None                              # the drain that is under way or over; None while serving
         self._drains = {"completed": 0, "timed_out": 0}
 
     def start(self, request_id=None):
         """Count a request; return (its id, the active requests, draining?). An id that is active is not counted again."""
         with self._condition:
-            self._undo_drain(request_started=True)
+            self._settle(request_started=True)
             if request_id not in self._active:
                 self._started += 1
                 self._last_start_time = time.time()
@@ -179,24 +169,37 @@ class RequestTracker:
         """End a request; return (was there one to end?, the active requests, draining?).
 
         Without an id the oldest request that was started without one ends. `seconds`: how long it took; None: as the
-        clock here says. An id that has ended already is not ended twice, and is no error either.
+        clock here says. An end that comes twice, or after the request was given up, is no error.
         """
         with self._condition:
-            self._undo_drain()
-            if request_id is None and self._without_id:
-                ending = next(iter(self._without_id))
+            now = self._settle()
+            ending = request_id
+            if request_id is None:
+                late = (name for name, (_, brought) in self._given_up.items() if not brought)
+                ending = next(iter(self._without_id), None) or next(late, None)
+            if ending in self._active:
+                started = self._remove(ending, now)
             else:
-                ending = request_id
-            known = ending in self._active
-            if known:
-                self._finish(ending, seconds)
+                started, _ = self._given_up.pop(ending, (None, None))
+            known = started is not None or ending in self._ended_ids
+            if started is not None:
+                seconds = now - started if seconds is None else seconds
+                self._duration_counts[bisect_left(BUCKETS, seconds)] += 1
+                self._duration_sum += seconds
                 if request_id is not None:
-                    self._remember_end(request_id)
-            elif request_id in self._ended_ids:
-                known = True
-            else:
+                    remember(self._ended_ids, request_id, None)
+            elif not known:
                 self._unmatched_ends += 1
             return known, len(self._active), self._drain is not None
+
+    def reset(self):
+        """Give up every active request, because the worker that began them is gone; return how many there were."""
+        with self._condition:
+            now = self._settle()
+            active = len(self._active)
+            while self._active:
+                self._give_up(now)
+            return active
 
     def drain(self, final=False):
         """Wait until the count has been zero for the quiet period; return True, or False when the grace period is over.
@@ -205,16 +208,16 @@ class RequestTracker:
         The quiet period begins with the drain at the earliest: a worker may have taken a message just before.
         """
         with self._condition:
-            self._undo_drain()
+            now = self._settle()
             if self._drain is None:
-                self._drain = types.SimpleNamespace(started=time.monotonic(), ended=None, completed=None, final=final,
-                                                    report_at=time.monotonic() + REPORT_SECONDS)
-                log.info("drain started", self._drain_fields())
+                self._drain = SimpleNamespace(started=now, ended=None, completed=None, final=final,
+                                              report_at=now + REPORT_SECONDS)
+                self._log_drain(logging.INFO, "drain started", now)
             drain = self._drain
             if final:
                 drain.final, drain.completed = True, None       # one that is over is looked at again
             while drain.completed is None:
-                now = time.monotonic()
+                now = self._settle()
                 over_at = drain.started + self.grace_period_seconds
                 if not self._active:
                     over_at = min(over_at, max(self._idle_since, drain.started) + self.quiet_period_seconds)
@@ -223,15 +226,14 @@ class RequestTracker:
                     break
                 if now >= drain.report_at:
                     drain.report_at = now + REPORT_SECONDS
-                    log.info("draining", self._drain_fields())
-                self._condition.wait(min(over_at, drain.report_at) - now)
+                    self._log_drain(logging.INFO, "draining", now)
+                self._condition.wait(min(over_at, drain.report_at, self._next_expiry()) - now)
             return drain.completed
 
     def snapshot(self):
-        """Return every figure as of one moment, as a dict; durations in seconds, times in seconds since the epoch."""
+        """Return every figure as of one moment, as a dict; times are in seconds since the epoch."""
         with self._condition:
-            self._undo_drain()
-            now = time.monotonic()
+            now = self._settle()
             phase, drain = self._phase(), self._drain
             return {
                 "active_requests": len(self._active),
@@ -240,9 +242,9 @@ class RequestTracker:
                 "start_time": self._start_time,
                 "idle_duration_seconds": 0.0 if self._active else now - self._idle_since,
                 "phase": phase,
-                "oldest_request_age_seconds": now - next(iter(self._active.values())) if self._active else 0.0,
-                "ended_requests": self._ended,
+                "oldest_request_age_seconds": now - next(iter(self._active.values()), now),
                 "unmatched_ends": self._unmatched_ends,
+                "expired_requests": self._expired,
                 "drains": dict(self._drains),
                 "drain_elapsed_seconds": now - drain.started if phase == DRAINING else None,
                 "drain_remaining_seconds":
@@ -255,27 +257,38 @@ class RequestTracker:
     def active_requests(self):
         """Return [(id, age in seconds), ...] of the active requests, oldest first."""
         with self._condition:
-            active, now = list(self._active.items()), time.monotonic()
+            now, active = self._settle(), list(self._active.items())
         return [(request_id, now - started) for request_id, started in active]
 
-    def _finish(self, request_id, seconds):
+    def _settle(self, request_started=False):
+        """Do what the time that has passed asks for; return the monotonic clock. Each method above begins with it."""
         now = time.monotonic()
-        own_clock = now - self._active.pop(request_id)
+        while now >= self._next_expiry():
+            self._give_up(now)
+        if self._phase() == DRAINED and not self._drain.final:
+            if request_started or now >= self._drain.ended + self.grace_period_seconds:
+                self._drain = None
+                log.info("serving again", {"reason": "request started" if request_started else "no SIGTERM came"})
+        return now
+
+    def _next_expiry(self):
+        return next(iter(self._active.values()), float("inf")) + self.request_timeout_seconds
+
+    def _give_up(self, now):
+        request_id = next(iter(self._active))
+        brought = request_id not in self._without_id
+        started = self._remove(request_id, now)
+        remember(self._given_up, request_id, (started, brought))
+        self._expired += 1
+        log.warning("request given up", {"request_id": request_id, "age_seconds": round(now - started, 3)})
+
+    def _remove(self, request_id, now):
+        started = self._active.pop(request_id)
         self._without_id.pop(request_id, None)
-        seconds = own_clock if seconds is None else seconds
-        self._ended += 1
-        self._duration_counts[bisect_left(BUCKETS, seconds)] += 1
-        self._duration_sum += seconds
         if not self._active:
             self._idle_since = now
-            if self._phase() == DRAINING:
-                self._condition.notify_all()
-
-    def _remember_end(self, request_id):
-        self._ended_ids[request_id] = None
-        self._ended_ids.move_to_end(request_id)
-        if len(self._ended_ids) > REMEMBERED_ENDS:
-            self._ended_ids.popitem(last=False)
+            self._condition.notify_all()
+        return started
 
     def _phase(self):
         if self._drain is None:
@@ -283,31 +296,31 @@ class RequestTracker:
         return DRAINING if self._drain.completed is None else DRAINED
 
     def _end_drain(self, now):
-        drain = self._drain
-        drain.ended, drain.completed = now, not self._active
-        if drain.completed:
+        self._drain.ended, self._drain.completed = now, not self._active
+        if self._drain.completed:
             self._drains["completed"] += 1
-            log.info("drain completed", self._drain_fields())
+            self._log_drain(logging.INFO, "drain completed", now)
         else:
             self._drains["timed_out"] += 1
-            log.warning("drain timed out", self._drain_fields())
+            self._log_drain(logging.WARNING, "drain timed out", now)
             for request_id, started in self._active.items():
                 log.warning("still active", {"request_id": request_id, "age_seconds": round(now - started, 3)})
         self._condition.notify_all()
 
-    def _undo_drain(self, request_started=False):
-        if self._phase() == DRAINED and not self._drain.final:
-            if request_started or time.monotonic() >= self._drain.ended + self.grace_period_seconds:
-                self._drain = None
-                log.info("serving again", {"reason": "request started" if request_started else "no SIGTERM came"})
-
-    def _drain_fields(self):
-        now = time.monotonic()
+    def _log_drain(self, level, event, now):
         fields = {"active_requests": len(self._active), "elapsed_seconds": round(now - self._drain.started, 3)}
-        if self._active:
-            request_id, started = next(iter(self._active.items()))
+        for request_id, started in self._active.items():
             fields.update(oldest_request_id=request_id, oldest_age_seconds=round(now - started, 3))
-        return fields
+            break
+        log.log(level, event, fields)
+
+
+def remember(latest, key, value):
+    """Put a pair into an OrderedDict that keeps the latest REMEMBERED ones."""
+    latest[key] = value
+    latest.move_to_end(key)
+    if len(latest) > REMEMBERED:
+        latest.popitem(last=False)
 
 
 # ---- What is shown ----------------------------------------------------------------------------------------------------
@@ -324,6 +337,7 @@ def render_json(snapshot):
         "phase": snapshot["phase"],
         "oldest_request_age_seconds": rounded(snapshot["oldest_request_age_seconds"]),
         "unmatched_ends": snapshot["unmatched_ends"],
+        "expired_requests": snapshot["expired_requests"],
         "drain_elapsed_seconds": rounded(snapshot["drain_elapsed_seconds"]),
         "drain_remaining_seconds": rounded(snapshot["drain_remaining_seconds"]),
         "grace_period_seconds": snapshot["grace_period_seconds"],
@@ -361,6 +375,8 @@ def metric_families(snapshot):
          histogram(snapshot["duration_counts"], snapshot["duration_sum"])),
         ("sidecar_unmatched_ends_total", "counter", "Ends that no active request was there for.",
          one(snapshot["unmatched_ends"])),
+        ("sidecar_requests_expired_total", "counter", "Requests that were given up: too old, or their worker is gone.",
+         one(snapshot["expired_requests"])),
         ("sidecar_oldest_request_age_seconds", "gauge", "Age of the request that has been active longest, 0 without one.",
          one(snapshot["oldest_request_age_seconds"])),
         ("sidecar_draining", "gauge", "1 while draining or drained, else 0.", one(int(snapshot["phase"] != SERVING))),
@@ -387,25 +403,21 @@ def histogram(counts, total):
 def process_families():
     """The conventional process_* metrics: https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics"""
     try:
-        with open("/proc/self/stat") as file:
-            stat = file.read().rpartition(") ")[2].split()         # from the third field of proc(5) on
-        with open("/proc/stat") as file:
-            booted = float(re.search(r"^btime (\d+)", file.read(), re.MULTILINE).group(1))
-        with open("/proc/self/limits") as file:
-            max_fds = re.search(r"^Max open files +(\d+)", file.read(), re.MULTILINE)
+        with open("/proc/self/stat") as stat, open("/proc/stat") as system, open("/proc/self/limits") as limits:
+            fields = stat.read().rpartition(") ")[2].split()            # from the third of proc(5) on
+            booted = float(re.search("^btime ([0-9]+)", system.read(), re.MULTILINE).group(1))
+            max_fds = int(re.search("^Max open files +([0-9]+)", limits.read(), re.MULTILINE).group(1))
         open_fds = len(os.listdir("/proc/self/fd"))
         ticks, page_bytes = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
     except (OSError, AttributeError, ValueError):
         return []
-    return [
-        ("process_cpu_seconds_total", "counter", "User and system CPU time.",
-         [("", "", (int(stat[11]) + int(stat[12])) / ticks)]),
-        ("process_start_time_seconds", "gauge", "When the process started.", [("", "", booted + int(stat[19]) / ticks)]),
-        ("process_virtual_memory_bytes", "gauge", "Virtual memory.", [("", "", int(stat[20]))]),
-        ("process_resident_memory_bytes", "gauge", "Resident memory.", [("", "", int(stat[21]) * page_bytes)]),
-        ("process_open_fds", "gauge", "Open file descriptors.", [("", "", open_fds)]),
-    ] + ([("process_max_fds", "gauge", "The most descriptors allowed.", [("", "", int(max_fds.group(1)))])]
-         if max_fds else [])
+    return [(name, kind, description, [("", "", value)]) for name, kind, description, value in (
+        ("process_cpu_seconds_total", "counter", "User and system CPU time.", (int(fields[11]) + int(fields[12])) / ticks),
+        ("process_start_time_seconds", "gauge", "When the process started.", booted + int(fields[19]) / ticks),
+        ("process_virtual_memory_bytes", "gauge", "Virtual memory.", int(fields[20])),
+        ("process_resident_memory_bytes", "gauge", "Resident memory.", int(fields[21]) * page_bytes),
+        ("process_open_fds", "gauge", "Open file descriptors.", open_fds),
+        ("process_max_fds", "gauge", "The most file descriptors allowed.", max_fds))]
 
 
 def labels(**pairs):
@@ -437,8 +449,8 @@ TOKEN = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
 REQUEST_LINE = re.compile("(" + TOKEN.pattern + r") (?:https?://[^/? ]*)?(/[^? ]*|\*)(?:\?([^ ]*))? HTTP/1\.([0-9])")
 CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?")
 
-Request = collections.namedtuple("Request", "method path query headers keep_alive client")
-Answer = collections.namedtuple("Answer", "status content_type body headers")
+Request = namedtuple("Request", "method path query headers keep_alive client")
+Answer = namedtuple("Answer", "status content_type body headers")
 
 
 def json_answer(content, status=200, headers=""):
@@ -713,6 +725,7 @@ class Api:
         self.routes = {
             ("POST", "/start-request"): self.local_only(self.start_request),
             ("POST", "/end-request"): self.local_only(self.end_request),
+            ("POST", "/reset"): self.local_only(self.reset),
             ("GET", "/metrics"): lambda request: json_answer(render_json(tracker.snapshot())),
             ("GET", "/requests"): self.requests,
             ("GET", "/health"): lambda request: json_answer({"status": "ok"}),
@@ -756,7 +769,7 @@ class Api:
             try:
                 seconds = parse_duration(values["duration"])
             except ValueError as error:
-                bad_duration = "duration %r: %s" % (values["duration"][:100], error)
+                bad_duration = "duration %s" % error
         known, active, draining = self.tracker.end(request_id, seconds)
         counts = {"active_requests": active, "draining": draining}
         if not known:
@@ -765,6 +778,9 @@ class Api:
         if bad_duration:                    # told, but ended all the same: not every worker looks at the answer
             raise HTTPError(400, bad_duration, **counts)
         return json_answer(counts)
+
+    def reset(self, request):
+        return json_answer({"given_up": self.tracker.reset()})
 
     def requests(self, request):
         return json_answer([{"request_id": request_id, "age_seconds": rounded(age)}
@@ -862,7 +878,8 @@ def serve():
         fail(error)
     log.addHandler(LogHandler(settings.log_format == "json"))
     log.setLevel(settings.log_level)
-    tracker = RequestTracker(settings.grace_period_seconds, settings.quiet_period_seconds)
+    tracker = RequestTracker(settings.grace_period_seconds, settings.quiet_period_seconds,
+                             settings.request_timeout_seconds)
     api = Api(tracker, settings.trusted_clients)
     servers = [listen("SIDECAR_PORT", settings.host, settings.port, api.routes),
                listen("METRICS_PORT", settings.host, settings.metrics_port, api.metrics_routes)]
