@@ -977,5 +977,285 @@ class TestLogs(Case):
         loud.wait_for("DEBUG request client=127.0.0.1 method=POST path=/start-request query=\"id=a\" status=200")
 
 
+class TestGivenUp(Case):
+    """Requests whose worker died: REQUEST_TIMEOUT_SECONDS and POST /reset."""
+
+    def test_a_request_that_takes_too_long_is_given_up(self):
+        sidecar = self.sidecar(REQUEST_TIMEOUT_SECONDS=0.3)
+        sidecar.post("/start-request?id=hung")
+        sidecar.post("/start-request")
+        until(lambda: sidecar.active() == 0)
+        sidecar.wait_for("request given up request_id=hung age_seconds=")
+        self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 2)
+        for query in ("?id=hung&duration=7s", "?duration=8s"):          # late, and no error
+            self.assertEqual(sidecar.post("/end-request" + query), (200, {"active_requests": 0, "draining": False}))
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 15)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+        self.assertEqual(sidecar.post("/end-request")[0], 409)
+
+    def test_a_drain_does_not_wait_for_it_any_longer(self):
+        sidecar = self.sidecar(REQUEST_TIMEOUT_SECONDS=0.3, GRACE_PERIOD_SECONDS="1h")
+        sidecar.post("/start-request?id=hung")
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 0)
+        sidecar.wait_for("request given up request_id=hung")
+
+    def test_a_late_end_without_an_id_ends_an_active_request_first(self):
+        sidecar = self.sidecar()
+        sidecar.post("/start-request")
+        sidecar.post("/reset")
+        sidecar.post("/start-request")
+        self.assertEqual(sidecar.post("/end-request"), (200, {"active_requests": 0, "draining": False}))
+        self.assertEqual(sidecar.post("/end-request"), (200, {"active_requests": 0, "draining": False}))
+        self.assertEqual(sidecar.post("/end-request")[0], 409)
+
+    def test_reset_gives_up_everything(self):
+        sidecar = self.sidecar()
+        for query in ("?id=a", "?id=b", ""):
+            sidecar.post("/start-request" + query)
+        self.assertEqual(sidecar.post("/reset"), (200, {"given_up": 3}))
+        self.assertEqual(sidecar.post("/reset"), (200, {"given_up": 0}))
+        self.assertEqual(sidecar.active(), 0)
+        sidecar.wait_for("request given up request_id=b")
+        self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 3)
+        self.assertEqual(sidecar.get("/reset")[0], 405)
+
+    def test_a_reset_ends_a_drain_that_waited(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
+        sidecar.post("/start-request")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        sidecar.post("/reset")
+        self.assertEqual(sidecar.wait(), 0)
+
+
+class HangingServer:
+    """A port that takes connections and never answers; `heard` is an event."""
+
+    def __init__(self):
+        self.socket = socket.create_server(("127.0.0.1", 0)) if hasattr(socket, "create_server") else socket.socket()
+        if not hasattr(socket, "create_server"):
+            self.socket.bind(("127.0.0.1", 0))
+            self.socket.listen(5)
+        self.url = "http://127.0.0.1:%d" % self.socket.getsockname()[1]
+        self.connections, self.heard = [], threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        try:
+            while True:
+                self.connections.append(self.socket.accept()[0])
+                self.heard.set()
+        except OSError:
+            pass
+
+    def close(self):
+        self.socket.close()
+        for connection in self.connections:
+            connection.close()
+
+
+class TestSidecarClient(Case):
+    """The class Sidecar of echo_bot.py, in this process."""
+
+    def client(self, url, **constants):
+        import echo_bot
+        client = echo_bot.Sidecar(url)
+        vars(client).update(constants)
+        self.addCleanup(lambda: vars(client._threads_own).get("connection", socket.socket()).close())
+        return client
+
+    def test_it_reports_the_start_and_the_end_with_the_duration(self):
+        sidecar = self.sidecar()
+        client = self.client(sidecar.url)
+        with client.track():
+            age = until(lambda: sidecar.get("/requests")[1][0]["age_seconds"])
+        self.assertEqual(sidecar.active(), 0)
+        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), age - 0.001)
+        for _ in range(10):
+            with client.track():
+                self.assertEqual(sidecar.active(), 1)
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 11)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+
+    def test_an_exception_passes_and_the_end_is_reported(self):
+        sidecar = self.sidecar()
+        client = self.client(sidecar.url)
+        for problem in (KeyError("x"), KeyboardInterrupt()):
+            with self.assertRaises(type(problem)):
+                with client.track():
+                    raise problem
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 2)
+
+    def test_draining_is_told(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.2)
+        client = self.client(sidecar.url)
+        sidecar.post("/start-request?id=other")
+        drain = threading.Thread(target=sidecar.get, args=("/drain",), daemon=True)
+        self.assertFalse(client.draining)
+        self.assertTrue(client.ready())
+        drain.start()
+        sidecar.wait_for("drain started")
+        with client.track():
+            self.assertTrue(client.draining)
+        drain.join(PATIENCE)
+        until(client.ready)                 # no SIGTERM came
+        self.assertFalse(client.draining)
+
+    def test_a_connection_that_the_sidecar_closed_is_opened_again(self):
+        sidecar = self.sidecar(constants={"IDLE_SECONDS": 0.05})
+        client = self.client(sidecar.url)
+        for turn in range(3):
+            with client.track():
+                self.assertEqual(sidecar.active(), 1)
+                until(lambda: sidecar.sample("process_open_fds") < 8)   # its connection is gone
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
+
+    def test_without_a_sidecar_the_work_is_done_and_it_is_left_alone(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            client, done = self.client("http://127.0.0.1:%d" % taken.getsockname()[1], REST_SECONDS=3600), []
+            with self.assertLogs("echo_bot") as logs:
+                for turn in range(100):
+                    with client.track():
+                        done.append(turn)
+        self.assertEqual(len(done), 100)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("working without a sidecar", logs.output[0])
+
+    def test_one_that_hangs_costs_its_time_out_once(self):
+        hanging = HangingServer()
+        self.addCleanup(hanging.close)
+        client, done = self.client(hanging.url, TIMEOUT_SECONDS=0.1, REST_SECONDS=3600), []
+        for turn in range(100):
+            with client.track():
+                done.append(turn)
+        self.assertEqual(len(done), 100)
+        self.assertEqual(len(hanging.connections), 1)
+
+    def test_an_end_that_could_not_be_delivered_is_delivered_later(self):
+        sidecar = self.sidecar()
+        client = self.client(sidecar.url, TIMEOUT_SECONDS=0.2, REST_SECONDS=0.1)
+        with client.track():
+            self.assertEqual(sidecar.active(), 1)
+            sidecar.signal(signal.SIGSTOP)
+        sidecar.signal(signal.SIGCONT)
+        until(lambda: sidecar.active() == 0)
+        with client.track():                # and it is talked to again
+            until(lambda: client.ready())
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+
+
+class TestConsole(Case):
+    """python echo_bot.py with nothing set, and reply_to."""
+
+    def bot(self, **env):
+        env = dict({"SIDECAR_URL": None, "BOT_TOKEN": None, "KAFKA_BROKERS": None}, **env)
+        return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=env, stdin=subprocess.PIPE)
+
+    def say(self, bot, *lines):
+        for line in lines:
+            bot.process.stdin.write(line.encode() + b"\n")
+        bot.process.stdin.flush()
+
+    def test_each_line_is_echoed_and_end_of_input_ends_it(self):
+        bot = self.bot(SIDECAR_URL="http://127.0.0.1:9")
+        self.say(bot, "hello", "", "päivää 👋", '{"update_id": 1, "callback_query": {"id": "7", "data": "yes"}}',
+                 '{"update_id": 2, "edited_message": {}}', '{"message": 7}', "[1]", "[" * 100000)
+        bot.process.stdin.close()
+        self.assertEqual(bot.wait(), 0)
+        echoed = [line for line in bot.lines if line.startswith(("Echo", "Received"))]
+        self.assertEqual(echoed[:4], ["Echo: hello", "Echo: ", "Echo: päivää 👋", "Received: yes"])
+        self.assertEqual(echoed[4], "Echo: [1]")
+        self.assertEqual(len(echoed), 6)
+        self.assertEqual(bot.log.count("broken update"), 1)
+        self.assertEqual(bot.log.count("working without a sidecar"), 1)
+        self.assertNotIn("Traceback", bot.log)
+
+    def test_each_line_is_tracked(self):
+        sidecar = self.sidecar()
+        bot = self.bot(SIDECAR_URL=sidecar.url)
+        self.say(bot, *"abc")
+        bot.wait_for("Echo: c")
+        until(lambda: sidecar.sample("sidecar_request_duration_seconds_count") == 3)
+        self.assertEqual(sidecar.active(), 0)
+        bot.wait_for("reporting to the sidecar")
+
+    def test_sigterm_and_sigint_end_it(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            bot = self.bot()
+            self.say(bot, "hello")
+            bot.wait_for("Echo: hello")
+            bot.signal(number)
+            self.assertEqual(bot.wait(), 0, bot.log)
+            self.assertNotIn("Traceback", bot.log)
+
+    def test_the_log_tells_when_the_sidecar_goes_and_comes_back(self):
+        sidecar = self.sidecar()
+        bot = self.bot(SIDECAR_URL=sidecar.url)
+        self.say(bot, "one")
+        bot.wait_for("reporting to the sidecar at")
+        sidecar.kill()
+        self.say(bot, "two")
+        bot.wait_for("Echo: two")
+        bot.wait_for("working without a sidecar")
+        again = self.sidecar(SIDECAR_PORT=sidecar.port)
+
+        def tracked():
+            self.say(bot, "again")
+            return again.get("/metrics")[1]["total_requests"]
+        until(tracked)
+        self.assertEqual([bot.log.count("reporting to the sidecar"), bot.log.count("working without a sidecar")], [2, 1])
+
+    def test_a_crashed_workers_requests_are_given_up_when_it_starts_again(self):
+        sidecar = self.sidecar()
+        sidecar.post("/start-request?id=lost")
+        self.bot(SIDECAR_URL=sidecar.url)
+        until(lambda: sidecar.active() == 0)
+        self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 1)
+
+    def test_while_the_sidecar_drains_nothing_is_taken(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=1)
+        bot = self.bot(SIDECAR_URL=sidecar.url)
+        self.say(bot, "before")
+        bot.wait_for("Echo: before")
+        until(lambda: sidecar.sample("sidecar_request_duration_seconds_count") == 1)
+        sidecar.post("/start-request?id=other")
+        drain = threading.Thread(target=sidecar.get, args=("/drain",), daemon=True)
+        drain.start()
+        sidecar.wait_for("drain started")
+        self.say(bot, "in hand", "afterwards")
+        bot.wait_for("Echo: in hand")
+        bot.wait_for("the sidecar is draining")
+        self.assertNotIn("Echo: afterwards", bot.log)
+        bot.wait_for("Echo: afterwards")                # the drain was undone: no SIGTERM came
+        sidecar.wait_for("serving again")
+        drain.join(PATIENCE)
+
+    def test_replies_keep_telegrams_limits(self):
+        from echo_bot import reply_to
+        chat = {"update_id": 1, "message": {"message_id": 5, "chat": {"id": -7}}}
+
+        def echo(text):
+            chat["message"]["text"] = text
+            method, params = reply_to(chat)
+            self.assertEqual((method, params["chat_id"], params["reply_parameters"]["message_id"]), ("sendMessage", -7, 5))
+            return params["text"]
+
+        self.assertEqual(echo("hi"), "Echo: hi")
+        self.assertEqual(echo("x" * 4090), "Echo: " + "x" * 4090)
+        self.assertEqual(echo("x" * 4091), "Echo: " + "x" * 4090)
+        self.assertEqual(echo("👋" * 4096), "Echo: " + "👋" * 2045)
+        self.assertEqual(echo("x" + "👋" * 4096), "Echo: x" + "👋" * 2044)
+        method, params = reply_to({"callback_query": {"id": "9", "data": "é" * 300}})
+        self.assertEqual((method, params), ("answerCallbackQuery", {"callback_query_id": "9",
+                                                                    "text": "Received: " + "é" * 190}))
+        for update in ({"edited_message": {"text": "x"}}, {"message": {"message_id": 1, "chat": {"id": 1}, "sticker": {}}},
+                       {"update_id": 7}, {"a_kind_of_the_future": {"text": "x"}}):
+            self.assertIsNone(reply_to(update))
+
+
 if __name__ == "__main__":
     unittest.main(verbosity=2)
