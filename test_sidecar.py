@@ -5,6 +5,7 @@ that the kernel picks. A test that needs a peer (Go, Node, a broker, Prometheus,
 SIDECAR_TEST_PEERS=none skips them all, SIDECAR_TEST_PEERS=all fails instead of skipping.
 """
 import http.client
+import http.server
 import json
 import os
 import re
@@ -1062,7 +1063,7 @@ class TestSidecarClient(Case):
         import echo_bot
         client = echo_bot.Sidecar(url)
         vars(client).update(constants)
-        self.addCleanup(lambda: vars(client._threads_own).get("connection", socket.socket()).close())
+        self.addCleanup(lambda: client._threads_own.connection and client._threads_own.connection.close())
         return client
 
     def test_it_reports_the_start_and_the_end_with_the_duration(self):
@@ -1255,6 +1256,372 @@ class TestConsole(Case):
         for update in ({"edited_message": {"text": "x"}}, {"message": {"message_id": 1, "chat": {"id": 1}, "sticker": {}}},
                        {"update_id": 7}, {"a_kind_of_the_future": {"text": "x"}}):
             self.assertIsNone(reply_to(update))
+
+
+def readme_blocks(language):
+    """Return the README's code blocks of a language, in their order."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return re.findall(r"^```%s\n(.*?)^```$" % language, file.read(), re.DOTALL | re.MULTILINE)
+
+
+def version_of(command):
+    """Return the first two numbers that `command` prints of its version; (0, 0) where it is missing."""
+    try:
+        text = subprocess.run(command, stdout=subprocess.PIPE).stdout.decode()
+    except OSError:
+        return 0, 0
+    return tuple(int(number) for number in re.search(r"(\d+)\.(\d+)", text).groups())
+
+
+class ScriptedSidecar(http.server.ThreadingHTTPServer):
+    """Stands in for a sidecar that does what a real one cannot be made to do.
+
+    It tells every POST that it is `draining` or not, and closes the connection of every GET instead of answering; of
+    every POST too while it is `away`.
+    """
+
+    class RequestHandlerClass(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self):
+            super().setup()
+            self.server.connections += 1
+
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            if self.server.away:
+                self.close_connection = True
+                return
+            body = json.dumps({"active_requests": 1, "draining": self.server.draining}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            with self.server.changed:
+                self.server.posts.append(self.path)
+                self.server.changed.notify_all()
+
+        def do_GET(self):
+            self.close_connection = True
+            with self.server.changed:
+                self.server.gets += 1
+                self.server.changed.notify_all()
+
+    def __init__(self, draining=False):
+        super().__init__(("127.0.0.1", 0), self.RequestHandlerClass)
+        self.draining, self.away = draining, False
+        self.changed, self.posts, self.gets, self.connections = threading.Condition(), [], 0, 0
+        self.url = "http://127.0.0.1:%d" % self.server_port
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def wait_until(self, condition):
+        with self.changed:
+            if not self.changed.wait_for(condition, PATIENCE):
+                raise AssertionError("posts: %s, gets: %d" % (self.posts, self.gets))
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+class Clients:
+    """What each client in the README must do. A language adds how its blocks become a program, and its own handler.
+
+    Every program reads its messages from standard input, a line each, and ends with status 0 at the end of it. "work"
+    takes 60 ms; "hold" lasts until the next line; "throw" throws an error. It prints "took ..." and "did ...".
+    """
+    DONE = ["took work b", "did work b", "took work c", "did work c"]
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp()
+        try:
+            cls.argv = cls.build()
+        except BaseException:
+            shutil.rmtree(cls.folder)
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.folder)
+
+    @classmethod
+    def write(cls, name, text):
+        path = os.path.join(cls.folder, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return path
+
+    def worker(self, url):
+        return self.program(*self.argv, stdin=subprocess.PIPE, cwd=self.folder,
+                            env={"SIDECAR_URL": url, "PYTHONPATH": HERE})
+
+    def tell(self, worker, *lines):
+        """Hand the worker messages."""
+        worker.process.stdin.write("".join(line + "\n" for line in lines).encode())
+        worker.process.stdin.flush()
+
+    def finish(self, worker):
+        """End the worker's input; return its exit status."""
+        worker.process.stdin.close()
+        return worker.wait()
+
+    def test_messages_are_counted_with_the_duration_of_their_work(self):
+        sidecar = self.sidecar(LOG_LEVEL="DEBUG")
+        worker = self.worker(sidecar.url)
+        self.tell(worker, "hold a")
+        worker.wait_for("took hold a")
+        self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 1)
+        self.tell(worker, "release", "work b", "work c")
+        self.assertEqual(self.finish(worker), 0, worker.log)
+        self.assertEqual(self.work(worker), ["took hold a", "did hold a"] + self.DONE)
+        self.assertEqual(sidecar.sample("sidecar_active_requests"), 0)
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 3)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
+        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 2 * 0.06)
+        self.assertLess(sidecar.sample("sidecar_request_duration_seconds_sum"), 4 * PATIENCE)
+        self.assertEqual(len(re.findall("path=/end-request .*duration=.*status=200", sidecar.log)), 3, sidecar.log)
+
+    def test_two_workers_never_share_an_id(self):
+        sidecar = self.sidecar()
+        workers = [self.worker(sidecar.url) for _ in range(2)]
+        for worker in workers:
+            self.tell(worker, "hold")
+            worker.wait_for("took hold")
+        self.assertEqual(len({request["request_id"] for request in sidecar.get("/requests")[1]}), 2)
+        for worker in workers:
+            self.tell(worker, "release")
+            self.assertEqual(self.finish(worker), 0, worker.log)
+        self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 0)
+
+    def test_a_handler_that_throws_is_ended_and_its_error_goes_on(self):
+        sidecar = self.sidecar()
+        worker = self.worker(sidecar.url)
+        self.tell(worker, "throw the towel")
+        self.assertNotEqual(self.finish(worker), 0)
+        self.assertIn("cannot throw the towel", worker.log)
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 1)
+        self.assertEqual(sidecar.sample("sidecar_active_requests"), 0)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 1)
+        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 0.06)
+
+    def work(self, worker):
+        """Return what the worker printed of its messages, without what a client logs."""
+        return [line for line in worker.lines if line.startswith(("took ", "did "))]
+
+    def check_all_work_is_done(self, url):
+        worker = self.worker(url)
+        self.tell(worker, "work b", "work c")
+        self.assertEqual(self.finish(worker), 0, worker.log)
+        self.assertEqual(self.work(worker), self.DONE)
+
+    def test_an_absent_sidecar_does_not_stop_the_work(self):
+        with socket.socket() as taken:          # bound, so that nobody else gets the port; not listening
+            taken.bind(("127.0.0.1", 0))
+            self.check_all_work_is_done("http://127.0.0.1:%d" % taken.getsockname()[1])
+
+    def test_a_sidecar_that_hangs_does_not_stop_the_work(self):
+        with socket.socket() as deaf:           # the kernel accepts the connections, nobody ever answers
+            deaf.bind(("127.0.0.1", 0))
+            deaf.listen(50)
+            self.check_all_work_is_done("http://127.0.0.1:%d" % deaf.getsockname()[1])
+
+    def test_a_sidecar_that_went_away_does_not_stop_the_work(self):
+        sidecar = self.sidecar()
+        worker = self.worker(sidecar.url)
+        self.tell(worker, "work a")
+        worker.wait_for("did work a")
+        sidecar.kill()
+        self.tell(worker, "work b", "work c")
+        self.assertEqual(self.finish(worker), 0, worker.log)
+        self.assertEqual(self.work(worker)[2:], self.DONE)
+
+    def test_the_loop_takes_nothing_while_the_sidecar_drains(self):
+        sidecar = self.sidecar(LOG_LEVEL="DEBUG", GRACE_PERIOD_SECONDS=10 * PATIENCE)
+        worker = self.worker(sidecar.url)
+        self.tell(worker, "hold a")
+        worker.wait_for("took hold a")
+        drain = threading.Thread(target=sidecar.get, args=("/drain",))
+        drain.start()
+        sidecar.wait_for("drain started")
+        self.tell(worker, "release", "work b")
+        worker.wait_for("did hold a")
+        drain.join(PATIENCE)
+        before = len(sidecar.lines)
+        for _ in range(2):      # the worker asks whether it may go on, again and again, and takes nothing
+            sidecar.wait_for("path=/ready", after=before)
+            before = len(sidecar.lines)
+        self.assertNotIn("took work b", worker.log)
+        sidecar.post("/start-request")          # brings the sidecar back to serving
+        worker.wait_for("did work b")
+        self.assertEqual(self.finish(worker), 0, worker.log)
+
+    def test_a_connection_is_used_again(self):
+        sidecar = ScriptedSidecar()
+        self.addCleanup(sidecar.close)
+        worker = self.worker(sidecar.url)
+        self.tell(worker, *["work"] * 5)
+        self.assertEqual(self.finish(worker), 0, worker.log)
+        self.assertEqual(len(sidecar.posts), 10)
+        self.assertLess(sidecar.connections, 5)
+
+    def test_the_loop_takes_nothing_when_a_draining_sidecar_has_gone(self):
+        sidecar = ScriptedSidecar(draining=True)
+        self.addCleanup(sidecar.close)
+        worker = self.worker(sidecar.url)
+        self.tell(worker, "work a", "work b")
+        sidecar.wait_until(lambda: sidecar.gets >= 3)       # more often than a client repeats a call that failed
+        worker.signal(signal.SIGTERM)
+        self.assertEqual(worker.wait(), 0, worker.log)
+        self.assertEqual(self.work(worker), ["took work a", "did work a"])
+
+    def test_sigterm_lets_the_work_in_hand_end(self):
+        sidecar = self.sidecar()
+        worker = self.worker(sidecar.url)
+        self.tell(worker, "hold a")
+        worker.wait_for("took hold a")
+        worker.signal(signal.SIGTERM)
+        self.tell(worker, "release")
+        self.assertEqual(worker.wait(), 0, worker.log)
+        self.assertEqual(self.work(worker), ["took hold a", "did hold a"])
+        self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 0)
+
+
+class TestPythonClient(Clients, Case):
+    @classmethod
+    def build(cls):
+        loop, = readme_blocks("python")
+        return sys.executable, cls.write("worker.py", """
+import sys
+import time
+
+def next_message():
+    return sys.stdin.readline().strip() or sys.exit(0)
+
+def handle(message):
+    print("took", message)
+    if message.startswith("hold"):
+        sys.stdin.readline()
+    else:
+        time.sleep(0.06)
+    if message.startswith("throw"):
+        raise ValueError("cannot " + message)
+    print("did", message)
+
+""" + loop)
+
+
+@needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
+class TestGoClient(Clients, Case):
+    @classmethod
+    def build(cls):
+        client, loop = readme_blocks("go")
+        cls.write("go.mod", "module worker\n\ngo 1.19\n")
+        cls.write("sidecar.go", client)
+        cls.write("main.go", """package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+)
+
+var lines = make(chan string)
+
+func read() {
+	for input := bufio.NewScanner(os.Stdin); input.Scan(); {
+		lines <- input.Text()
+	}
+	close(lines)
+}
+
+func nextMessage(term context.Context) (string, bool) {
+	select {
+	case line, open := <-lines:
+		if !open {
+			os.Exit(0)
+		}
+		return line, true
+	case <-term.Done():
+		return "", false
+	}
+}
+
+func handle(message string) error {
+	fmt.Println("took", message)
+	if strings.HasPrefix(message, "hold") {
+		<-lines
+	} else {
+		time.Sleep(60 * time.Millisecond)
+	}
+	switch {
+	case strings.HasPrefix(message, "throw"):
+		panic("cannot " + message)
+	case strings.HasPrefix(message, "fail"):
+		return errors.New("cannot " + message)
+	}
+	fmt.Println("did", message)
+	return nil
+}
+
+func main() {
+	go read()
+""" + loop + "}\n")
+        for command in (["go", "vet", "."], ["go", "build", "-o", "worker", "."]):
+            done = subprocess.run(command, cwd=cls.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  env=dict(os.environ, GOFLAGS="-mod=mod", GOTOOLCHAIN="local", GOWORK="off"))
+            if done.returncode:
+                raise AssertionError("%s: %s" % (command, done.stdout.decode()))
+        return os.path.join(cls.folder, "worker"),
+
+    def test_a_returned_error_is_handed_on_and_the_loop_goes_on(self):
+        sidecar = self.sidecar()
+        worker = self.worker(sidecar.url)
+        self.tell(worker, "fail early", "work b")
+        self.assertEqual(self.finish(worker), 0, worker.log)
+        self.assertIn("cannot fail early", worker.log)
+        self.assertIn("did work b", worker.log)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 2)
+
+
+@needs("Node.js 18", version_of(["node", "--version"]) >= (18, 0))
+class TestNodeClient(Clients, Case):
+    @classmethod
+    def build(cls):
+        client, loop = readme_blocks("js")
+        cls.write("sidecar.mjs", client)
+        return "node", cls.write("worker.mjs", """
+import { createInterface } from "node:readline";
+
+const input = createInterface({ input: process.stdin });
+const lines = input[Symbol.asyncIterator]();
+const terminated = new Promise((resolve) => process.once("SIGTERM", () => resolve({})));
+
+async function nextMessage() {
+  const { value, done } = await Promise.race([lines.next(), terminated]);
+  if (done) process.exit(0);
+  return value;
+}
+
+async function handle(message) {
+  console.log("took", message);
+  if (message.startsWith("hold")) await lines.next();
+  else await new Promise((resolve) => setTimeout(resolve, 60));
+  if (message.startsWith("throw")) throw new Error("cannot " + message);
+  console.log("did", message);
+}
+
+""" + loop + "input.close();\n")
 
 
 if __name__ == "__main__":
