@@ -45,8 +45,8 @@ import json
 import logging
 import os
 import platform
+import queue
 import re
-import select
 import signal
 import socket
 import socketserver
@@ -64,6 +64,7 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 COMMANDS = ("health", "ready", "drain", "metrics", "requests")
 SERVING, DRAINING, DRAINED = "serving", "draining", "drained"
 REMEMBERED = 1024               # ids that have ended or were given up, so that a retried or late end is known as one
+QUEUED_LINES = 10000            # of the log, while nobody reads it
 REPORT_SECONDS = 5              # how often a drain that waits says so in the log
 
 log = logging.getLogger("sidecar")
@@ -162,6 +163,7 @@ class RequestTracker:
                 if request_id is None:
                     request_id = "%s-%d" % (self._id_prefix, self._started)
                     self._without_id[request_id] = None
+                self._given_up.pop(request_id, None)
                 self._active[request_id] = time.monotonic()
             return request_id, len(self._active), self._drain is not None
 
@@ -214,8 +216,9 @@ class RequestTracker:
                                               report_at=now + REPORT_SECONDS)
                 self._log_drain(logging.INFO, "drain started", now)
             drain = self._drain
-            if final:
-                drain.final, drain.completed = True, None       # one that is over is looked at again
+            drain.final = drain.final or final
+            if final and not drain.completed:       # one that timed out is looked at again
+                drain.completed = None
             while drain.completed is None:
                 now = self._settle()
                 over_at = drain.started + self.grace_period_seconds
@@ -527,6 +530,8 @@ class Connection(socketserver.BaseRequestHandler):
             name, value = name.lower(), value.strip(" \t")
             headers[name] = headers[name] + ", " + value if name in headers else value
         method, path, query, minor_version = match.groups()
+        if minor_version == "0":
+            headers.pop("expect", None)     # RFC 9110, 10.1.1
         connection = headers.get("connection", "").lower()
         keep_alive = "keep-alive" in connection if minor_version == "0" else "close" not in connection
         return Request(method, path, query, headers, keep_alive, self.client_address[0])
@@ -542,6 +547,7 @@ class Connection(socketserver.BaseRequestHandler):
         length, coding = headers.get("content-length"), headers.get("transfer-encoding")
         if length is None and coding is None:
             return
+        self.deadline = self.deadline or time.monotonic() + REQUEST_SECONDS
         if length is not None and coding is not None:
             raise HTTPError(400, "both Content-Length and Transfer-Encoding: expected one")
         if length is not None and not re.fullmatch("[0-9]+", length):
@@ -632,9 +638,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections = {}               # socket: thread
         self.out_of_descriptors = False
         if host:
-            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            self.address_family, address = addresses[0][0], addresses[0][4][:2]
-            super().__init__(address, Connection)
+            self.address_family, _, _, _, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))   # IPv4
+            super().__init__(address[:2], Connection)
         else:
             try:
                 self.address_family = socket.AF_INET6
@@ -685,9 +690,12 @@ class Server(http.server.ThreadingHTTPServer):
     def verify_request(self, request, client_address):
         if len(self.connections) < MAX_CONNECTIONS:
             return True
-        request.setblocking(False)
-        request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                     b"Content-Length: 33\r\nConnection: close\r\n\r\n{\"error\": \"too many connections\"}")
+        try:
+            request.setblocking(False)
+            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                         b"Content-Length: 33\r\nConnection: close\r\n\r\n{\"error\": \"too many connections\"}")
+        except OSError:                     # it is gone already
+            pass
         return False
 
     def process_request(self, request, client_address):
@@ -749,11 +757,10 @@ class Api:
             if not self.trusts(request.client):
                 raise HTTPError(403, "%s may not call %s: expected loopback, or an address in TRUSTED_CLIENTS"
                                 % (request.client, request.path))
-            origin = request.headers.get("origin")
-            if origin is not None:
-                host = re.sub(r"^https?://|:[0-9]*$|[][]", "", origin)
-                if host != "localhost" and not self.trusts(host):
-                    raise HTTPError(403, "Origin %r may not call %s: expected loopback" % (origin[:100], request.path))
+            origin = request.headers.get("origin", "localhost")
+            host = re.sub(r"^https?://|:[0-9]*$|[][]", "", origin)
+            if host != "localhost" and not self.trusts(host) or request.headers.get("sec-fetch-site") == "cross-site":
+                raise HTTPError(403, "a page of another site may not call %s" % request.path)
             return function(request)
         return guarded
 
@@ -826,12 +833,14 @@ def request_id_of(values):
 class LogHandler(logging.Handler):
     """Write one line an event to stderr, as text or JSON. The arguments of log.info and the like: the event, its fields.
 
-    It never blocks for long: while nobody reads the other end of a full pipe, lines are dropped, and then counted.
+    A thread writes, because whoever logs may hold the tracker's lock, and a pipe that nobody reads blocks. Then lines wait,
+    and those over QUEUED_LINES are dropped and counted.
     """
 
     def __init__(self, as_json):
         super().__init__()
-        self.as_json, self.dropped = as_json, 0
+        self.as_json, self.dropped, self.lines = as_json, 0, queue.SimpleQueue()
+        threading.Thread(target=self.write, daemon=True).start()
 
     def format(self, record):
         fields = dict(time=rfc3339(record.created), level=record.levelname, event=record.msg)
@@ -843,29 +852,43 @@ class LogHandler(logging.Handler):
             for name, value in fields.items())
 
     def emit(self, record):
-        if not select.select([], [2], [], 0 if self.dropped else 1.0)[1]:
+        if self.lines.qsize() >= QUEUED_LINES:
             self.dropped += 1
             return
         if self.dropped:
             dropped, self.dropped = self.dropped, 0
             log.warning("log lines dropped", {"lines": dropped})
-        try:
-            os.write(2, self.format(record).encode("utf-8", "replace")[:4095] + b"\n")
-        except OSError:             # a full disk is no reason to stop counting
-            pass
+        self.lines.put(self.format(record))
+
+    def write(self):
+        while True:
+            line = self.lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            try:
+                os.write(2, line.encode("utf-8", "replace") + b"\n")
+            except OSError:                 # a full disk is no reason to stop counting
+                pass
+
+    def flush(self):
+        """Wait until what was logged is written, but no longer than LINGER_SECONDS."""
+        written = threading.Event()
+        self.lines.put(written)
+        written.wait(LINGER_SECONDS)
 
 
-def fail(text):
-    """Exit with status 2 and one line on stderr."""
-    sys.stderr.write("sidecar: %s\n" % text)
-    sys.exit(2)
+def fail(text, status=2):
+    """Exit with one line on stderr."""
+    os.write(2, ("sidecar: %s\n" % text).encode("utf-8", "replace"))
+    sys.exit(status)
 
 
 def listen(variable, host, port, routes):
     try:
         return Server(host, port, routes)
-    except socket.gaierror as error:
-        fail("SIDECAR_HOST=%r: %s" % (host, error.strerror))
+    except (socket.gaierror, UnicodeError):         # UnicodeError: no name at all, such as a..b
+        fail("SIDECAR_HOST=%r: expected an address or a name of this machine" % host)
     except OSError as error:
         fail("%s=%d: %s" % (variable, port, error.strerror))
 
@@ -876,6 +899,8 @@ def serve():
         settings = Settings(os.environ)
     except ValueError as error:
         fail(error)
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)       # until all is set up; and in the threads, which inherit it
     log.addHandler(LogHandler(settings.log_format == "json"))
     log.setLevel(settings.log_level)
     tracker = RequestTracker(settings.grace_period_seconds, settings.quiet_period_seconds,
@@ -883,31 +908,37 @@ def serve():
     api = Api(tracker, settings.trusted_clients)
     servers = [listen("SIDECAR_PORT", settings.host, settings.port, api.routes),
                listen("METRICS_PORT", settings.host, settings.metrics_port, api.metrics_routes)]
-    received = []
 
     def shut_down(number, frame):
-        received.append(number)
-        name = signal.Signals(number).name
-        if len(received) > 1:
-            log.warning("second signal: exit at once", {"signal": name})
-            os._exit(1)
-        log.info("signal", {"signal": name})
+        log.info("signal", {"signal": signal.Signals(number).name})
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=leave_at_next, daemon=True).start()
         completed = tracker.drain(final=True)
         for server in servers:
             server.finish()
-        log.info("exit", {"status": 0 if completed else 1})
-        os._exit(0 if completed else 1)
+        leave(0 if completed else 1)
 
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)       # for the threads, which inherit it: signals are for this one
+    def leave_at_next():
+        log.info("second signal", {"signal": signal.Signals(signal.sigwait(signals)).name})
+        leave(1)
+
     for number in signals:
         signal.signal(number, shut_down)
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()    # None: it does not poll
     log.info("listening", {"api": servers[0].url, "metrics": servers[1].url, "version": __version__})
+    woken, wakes = os.pipe()                # a signal that comes just before the read still ends it
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     while True:
-        signal.pause()
+        os.read(woken, 1)
+
+
+def leave(status):
+    log.info("exit", {"status": status})
+    logging.shutdown()
+    os._exit(status)
 
 
 def ask(command):
@@ -925,14 +956,15 @@ def ask(command):
         connection.request("GET", parts.path.rstrip("/") + "/" + command)
         answer = connection.getresponse()
         text = answer.read().decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException) as error:
-        sys.stderr.write("sidecar: no answer from %s: %s\n" % (url, error))
-        return 1
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        fail("no answer from %s: %s" % (url, error), 1)
     sys.stdout.write(text)
     return 0 if answer.status == 200 else 1
 
 
 def main(arguments):
+    while os.open(os.devnull, os.O_RDWR) < 3:       # a socket must not get the number of a stderr that is closed
+        pass
     if not arguments:
         serve()
     if len(arguments) == 1 and arguments[0] in COMMANDS:

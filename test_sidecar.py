@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -447,13 +448,13 @@ class TestDrain(Case):
         self.assertEqual(sidecar.wait(), 0)
 
     def test_a_second_signal_ends_it_at_once(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})
         sidecar.post("/start-request")
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGINT)
         self.assertEqual(sidecar.wait(), 1)
-        sidecar.wait_for("second signal")
+        sidecar.wait_for("second signal signal=SIGINT")
 
     def test_the_quiet_period_begins_anew_with_each_request(self):
         sidecar = self.sidecar(QUIET_PERIOD_SECONDS=1)
@@ -612,6 +613,7 @@ class TestEndpoints(Case):
                                  ("http://localhost:8081", 200), ("http://[::1]:8081", 200), ("http://127.0.0.1", 200)):
             self.assertEqual(sidecar.call("POST", "/start-request", headers={"Origin": origin})[0], expected, origin)
         self.assertEqual(sidecar.active(), 3)
+        self.assertEqual(sidecar.call("GET", "/drain", headers={"Sec-Fetch-Site": "cross-site"})[0], 403)
 
     def test_it_listens_on_ipv4_and_ipv6(self):
         sidecar = self.sidecar(SIDECAR_HOST=None)
@@ -706,12 +708,17 @@ class TestHostileClients(Case):
         self.assertEqual(self.target.active(), 0)
 
     def test_expect_100_continue(self):
-        head = b"POST /start-request HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        head = b"POST /start-request HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
         with self.target.raw(head % 5) as connection:
             self.assertEqual(connection.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
             connection.sendall(b"hello")
             self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n"))
         self.assertEqual(self.statuses(head % 70000), [413])
+        old = head.replace(b"1.1", b"1.0") % 5
+        self.assertTrue(self.target.answers(old + b"hello")[0][0], 200)
+        with self.target.raw(old) as connection:        # an HTTP/1.0 client does not know what a 100 is
+            connection.shutdown(socket.SHUT_WR)
+            self.assertEqual(connection.recv(65536), b"")
 
     def test_pipelined_requests_are_answered_in_order(self):
         self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\n\r\n\r\nGET /nowhere HTTP/1.1\n\nPOST /start-request HTTP/1.1\r\n"
@@ -738,7 +745,8 @@ class TestHostileClients(Case):
 
     def test_a_client_that_stops_in_the_middle_is_let_go(self):
         self.target = self.sidecar(constants={"REQUEST_SECONDS": 0.2})
-        for data in (b"GET /hea", b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe"):
+        for data in (b"GET /hea", b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe",
+                     b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\n"):
             self.assertEqual(self.statuses(data), [408])
         self.assertEqual(self.target.active(), 0)
         with self.target.raw(b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe"):
@@ -766,6 +774,10 @@ class TestHostileClients(Case):
             answer = b"".join(iter(lambda: refused.recv(65536), b""))
         self.assertTrue(answer.startswith(b"HTTP/1.1 503 "), answer)
         self.assertEqual(json.loads(answer.partition(b"\r\n\r\n")[2].decode()), {"error": "too many connections"})
+        for _ in range(10):                             # and some that are gone before they are accepted
+            gone = self.target.raw(b"")
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.close()
         held[0].sendall(b"POST /start-request HTTP/1.1\r\n\r\n")
         self.assertTrue(held[0].recv(65536).startswith(b"HTTP/1.1 200 "))
         while held:
@@ -933,7 +945,7 @@ class TestCommands(Case):
                                 ("SIDECAR_PORT", str(taken.getsockname()[1])), ("METRICS_PORT", str(taken.getsockname()[1])),
                                 ("GRACE_PERIOD_SECONDS", "soon"), ("GRACE_PERIOD_SECONDS", "-1"), ("GRACE_PERIOD_SECONDS", "nan"),
                                 ("QUIET_PERIOD_SECONDS", "1d"), ("TRUSTED_CLIENTS", "10.0.0.0/33"), ("TRUSTED_CLIENTS", "pod"),
-                                ("LOG_LEVEL", "LOUD"), ("LOG_FORMAT", "xml"), ("SIDECAR_HOST", "no.such.host.invalid"),
+                                ("LOG_LEVEL", "LOUD"), ("LOG_FORMAT", "xml"), ("SIDECAR_HOST", "no.such.host.invalid"), ("SIDECAR_HOST", "a..b"),
                                 ("SIDECAR_URL", "ftp://x"), ("SIDECAR_URL", "http://x:y")):
                 env = dict({"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0}, **{name: value})
                 status, output, errors = self.run_sidecar(*["health"] if name == "SIDECAR_URL" else [], **env)
@@ -1644,6 +1656,7 @@ class BotAPI(http.server.ThreadingHTTPServer):
     "replied" (text: it has).
     """
     TOKEN = "123456:AAtest-token_that-no_log-may_show"
+    SLOW_DOWN_SECONDS = 0.3     # 3 at Telegram's
     BY_DEFAULT = {"message", "edited_message", "channel_post", "callback_query", "poll", "my_chat_member"}
 
     def __init__(self):
@@ -1745,8 +1758,8 @@ class BotAPI(http.server.ThreadingHTTPServer):
                 self.allowed = set(json.loads(params["allowed_updates"])) or self.BY_DEFAULT
             self.poll += 1
             mine, now = self.poll, time.monotonic()
-            if self.last_poll[0] == offset and now < self.last_poll[1] + 3:
-                timeout = max(timeout, 3)       # the same question again and again is slowed down
+            if self.last_poll[0] == offset and now < self.last_poll[1] + self.SLOW_DOWN_SECONDS:
+                timeout = max(timeout, self.SLOW_DOWN_SECONDS)      # the same question again and again
             self.last_poll = offset, now
             if offset < 0:                      # counted from the end
                 offset += self.last_id + 1
