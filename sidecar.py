@@ -3,38 +3,41 @@
 
 Copy this file into an image and run it beside the worker. It needs Python 3.7 or newer and nothing else.
 
-    python sidecar.py            serve
-    python sidecar.py health     ask a running sidecar, print its answer, exit 0 or 1; also: ready, drain, metrics,
-                                 requests (SIDECAR_URL says where it is; default http://127.0.0.1:SIDECAR_PORT)
-    python sidecar.py --help     this text; also: --version
+    python sidecar.py                     serve
+    python sidecar.py run -- COMMAND ...  serve, with the worker as a child: for one container without Kubernetes
+    python sidecar.py health              ask a running sidecar, print its answer, exit 0 or 1; also: ready, drain,
+                                          metrics, requests. SIDECAR_URL says where (http://127.0.0.1:SIDECAR_PORT)
+    python sidecar.py --help              this text; also: --version
 
 Endpoints on SIDECAR_PORT (those marked * answer loopback and TRUSTED_CLIENTS only; each error is {"error": "..."}):
 
-    * POST /start-request [?id=ID]                a request begins: {"request_id", "active_requests", "draining"}
-    * POST /end-request [?duration=1.2s] [&id=ID] it has ended: {"active_requests", "draining"}
-      GET  /metrics         what the worker is doing, as JSON
-      GET  /requests        the active requests, oldest first: [{"request_id", "age_seconds"}, ...]
-      GET  /health          200 as long as the sidecar runs
-      GET  /ready           200, or 503 while draining or drained
-    * POST /reset           the worker has just started: what is active now is given up
-    * GET  /drain           answers when the count is zero (200) or the grace period is over (503); POST does the same
+    * POST /start-request  [?id=ID] a request begins: {"request_id", "active_requests", "draining"}
+    * POST /end-request    [?duration=1.2s] [&id=ID] it has ended: {"active_requests", "draining"}
+    * POST /reset          the worker has just started: what is active now is given up
+    * GET  /drain          answers when the count is zero (200) or the grace period is over (503); POST does the same
+      GET  /metrics        what the worker is doing, as JSON
+      GET  /requests       the active requests, oldest first: [{"request_id", "age_seconds"}, ...]
+      GET  /health         200 as long as the sidecar runs
+      GET  /ready          200, or 503 while draining or drained
+      GET  /               the same for people: a page that follows the sidecar; this list, where no browser asks
 
 On METRICS_PORT: GET /metrics, the Prometheus text format, or OpenMetrics where Accept asks for it.
 
 Variables, all of them optional:
 
-    SIDECAR_HOST           the address to listen on                     every address, IPv4 and IPv6
-    SIDECAR_PORT           the worker's port; 0 picks a free one        8081
-    METRICS_PORT           Prometheus's port; 0 picks a free one        9091
-    GRACE_PERIOD_SECONDS   the longest that a drain may take            30
-    QUIET_PERIOD_SECONDS   how long a drain wants to see the count at 0 0
-    REQUEST_TIMEOUT_SECONDS  a request older than this is given up; 0: never     0
-    TRUSTED_CLIENTS        CIDRs that may call * beside loopback        none
-    LOG_LEVEL              DEBUG (each request), INFO, WARNING, ERROR   INFO
-    LOG_FORMAT             text or json                                 text
+    SIDECAR_HOST             the address to listen on                       every address, IPv4 and IPv6
+    SIDECAR_PORT             the worker's port; 0 picks a free one          8081
+    METRICS_PORT             Prometheus's port; 0 picks a free one          9091
+    GRACE_PERIOD_SECONDS     the longest that a drain may take              30
+    QUIET_PERIOD_SECONDS     how long a drain wants to see the count at 0   0
+    REQUEST_TIMEOUT_SECONDS  a request older than this is given up          0: never
+    TRUSTED_CLIENTS          CIDRs that may call * beside loopback
+    LOG_LEVEL                DEBUG (each request), INFO, WARNING, ERROR     INFO
+    LOG_FORMAT               text or json                                   text
 
 SIGTERM or SIGINT starts a drain. The exit status is 0 when it reached zero, 1 when the grace period was over first, or
-when a second signal cut it short, and 2 for a bad setting.
+when a second signal cut it short, and 2 for a bad setting. With `run` it is the worker's: SIGTERM drains first, is then
+passed on to the worker, and SIGKILL follows when the grace period is over; other signals are passed on at once.
 """
 import errno
 import functools
@@ -44,7 +47,6 @@ import ipaddress
 import json
 import logging
 import os
-import platform
 import queue
 import re
 import signal
@@ -391,7 +393,7 @@ def metric_families(snapshot):
          one(snapshot["last_request_time"] or 0.0)),
         ("sidecar_start_time_seconds", "gauge", "When the sidecar started.", one(snapshot["start_time"])),
         ("sidecar_info", "gauge", "The versions that are running.",
-         one(1, labels(version=__version__, python_version=platform.python_version()))),
+         one(1, labels(version=__version__, python_version="%d.%d.%d" % sys.version_info[:3]))),
     ] + process_families()
 
 
@@ -434,6 +436,131 @@ def rounded(seconds):
 
 def rfc3339(timestamp):
     return None if timestamp is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta name="viewport" content="width=device-width">
+<title>sidecar</title>
+<style>
+:root { color-scheme: light dark; --rule: light-dark(#e2ded6, #303136); --hue: light-dark(#0b766e, #45c4b0) }
+[data-phase^=drain] { --hue: light-dark(#ad5700, #f2a541) }
+[data-phase=gone] { --hue: light-dark(#b3261e, #ff8a7d) }
+* { margin: 0; font: inherit }
+body { max-width: 42rem; margin: auto; padding: 2rem 1.25rem; background: light-dark(#fcfbf9, #141517);
+  color: light-dark(#6b6760, #98948c); font: .875rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+.ends, #figures tbody { display: flex; justify-content: space-between }
+header, #longest tr { padding-bottom: .5rem; box-shadow: inset 0 -1px var(--rule);
+  background: linear-gradient(var(--hue) 0 0) 0 100% / 0 2px no-repeat }
+#phase, #active { color: var(--hue) }
+#active { margin: 2rem -.05em 0; font-size: 5.5rem; line-height: 1 }
+[data-phase=gone] header ~ * { opacity: .4 }
+svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--rule) }
+path { fill: var(--hue); fill-opacity: .15; stroke: var(--hue); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+table { width: 100%; margin-top: 2rem; border-collapse: collapse }
+td { padding: .4rem 0; overflow-wrap: anywhere }
+td + td { color: CanvasText }
+#longest td + td { padding-left: 1rem; text-align: right; white-space: nowrap }
+#figures tr { flex: 1 }
+#figures td { display: block; padding: 0; white-space: nowrap }
+</style>
+<header class="ends"><h1>sidecar</h1><p id="phase"></p></header>
+<p id="active"></p>
+<p class="ends"><span>in flight</span><span id="peak"></span></p>
+<svg viewBox="0 -1 180 101" preserveAspectRatio="none"><path/></svg>
+<p class="ends"><span>3 min ago</span><span>now</span></p>
+<table id="figures"></table>
+<table id="longest"></table>
+<script>
+const WINDOW = 180, GAP = 4;  // seconds: the width of the chart, and the silence that it shows
+const find = css => document.querySelector(css);
+let samples = [], most = 0, heard = "";
+
+// Only where it differs: nothing flickers, and a selection stays.
+function put(element, value) {
+  const text = value.toLocaleString();
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function bar(element, share) {
+  element.style.backgroundSize = 100 * share + "% 2px";
+}
+
+function rows(table, content) {
+  while (table.rows.length > content.length) table.deleteRow(-1);
+  content.forEach((values, i) => {
+    const row = table.rows[i] || table.insertRow();
+    values.forEach((value, j) => put(row.cells[j] || row.insertCell(), value));
+  });
+}
+
+function time(s) {
+  if (s < 60) return s.toFixed(1) + " s";
+  return s < 3600 ? `${s / 60 | 0} min ${s % 60 | 0} s` : `${s / 3600 | 0} h ${s / 60 % 60 | 0} min`;
+}
+
+function phase(name, story, share) {
+  document.documentElement.dataset.phase = name;
+  put(find("#phase"), document.title = name + story);
+  bar(find("header"), share);
+}
+
+function show(m, requests) {
+  const active = m.active_requests, left = m.drain_remaining_seconds, longest = find("#longest");
+  most = left === null ? 0 : Math.max(most, active);
+  phase(m.phase, left === null ? "" : `: ${active} of ${most} to go, ${Math.ceil(left)} s left`,
+    left / m.grace_period_seconds);
+  put(find("#active"), active);
+  rows(find("#figures"), [
+    ["started", m.total_requests], ["given up", m.expired_requests], ["unmatched ends", m.unmatched_ends]]);
+  rows(longest, requests.map(r => [r.request_id, time(r.age_seconds)]));
+  requests.forEach((r, i) => bar(longest.rows[i], r.age_seconds / requests[0].age_seconds));
+}
+
+function draw(now) {
+  samples = samples.filter(s => s.at > now - WINDOW);
+  const peak = Math.max(1, ...samples.map(s => s.active)), x = at => (WINDOW - 1 - now + at).toFixed(2);
+  put(find("#peak"), "peak " + peak);
+  find("path").setAttribute("d", samples.map(({ at, active }, i) => {
+    const near = s => s && Math.abs(s.at - at) < GAP, next = samples[i + 1];
+    return (near(samples[i - 1]) ? "" : `M${x(at)} 100`) + "V" + (100 - 100 * active / peak)
+      + (near(next) ? "H" + x(next.at) : `H${x(at + 2)}V100`);
+  }).join(""));
+}
+
+async function ask(path) {
+  const answer = await fetch(path, { signal: AbortSignal.timeout(3000) });
+  return answer.ok ? answer.json() : Promise.reject();
+}
+
+async function tick() {
+  const answers = await Promise.all([ask("metrics"), ask("requests")]).catch(() => 0), now = Date.now() / 1000;
+  if (answers) {
+    samples.push({ at: now, active: answers[0].active_requests });
+    show(answers[0], answers[1].slice(0, 10));
+    heard = ": no answer since " + new Date().toLocaleTimeString();
+  } else phase("gone", heard, 0);
+  draw(now);
+  setTimeout(tick, 1000);
+}
+tick();
+</script>
+"""
+
+
+def content_security_policy():
+    """Return the page's Content-Security-Policy: its own script and style, its own origin to ask, and nothing else."""
+    import base64           # here, because a start shall not pay for what only a person with a browser wants
+    import hashlib
+
+    def digest(tag):
+        text = PAGE.split("<%s>" % tag)[1].split("</%s>" % tag)[0]
+        return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    return ("default-src 'none'; connect-src 'self'; script-src %s; style-src %s; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'" % (digest("script"), digest("style")))
 
 
 # ---- HTTP -------------------------------------------------------------------------------------------------------------
@@ -731,6 +858,7 @@ class Api:
         self.trusts = functools.lru_cache(maxsize=1024)(self.trusts)
         drain = self.local_only(self.drain)
         self.routes = {
+            ("GET", "/"): self.front,
             ("POST", "/start-request"): self.local_only(self.start_request),
             ("POST", "/end-request"): self.local_only(self.end_request),
             ("POST", "/reset"): self.local_only(self.reset),
@@ -763,6 +891,13 @@ class Api:
                 raise HTTPError(403, "a page of another site may not call %s" % request.path)
             return function(request)
         return guarded
+
+    def front(self, request):
+        if "text/html" in request.headers.get("accept", ""):
+            return Answer(200, "text/html; charset=utf-8", PAGE,
+                          "Content-Security-Policy: %s\r\n" % content_security_policy())
+        endpoints = __doc__.partition("\nVariables")[0].partition("\nEndpoints")
+        return Answer(200, "text/plain; charset=utf-8", "".join(endpoints[1:])[1:], "")
 
     def start_request(self, request):
         request_id, active, draining = self.tracker.start(request_id_of(parameters(request)))
@@ -893,53 +1028,134 @@ def listen(variable, host, port, routes):
         fail("%s=%d: %s" % (variable, port, error.strerror))
 
 
-def serve():
-    """Serve until a signal comes, drain, and exit. The main thread only waits, so nothing waits for it."""
+SHUT_DOWN = {signal.SIGTERM, signal.SIGINT}
+
+
+def serve(command=()):
+    """Serve until a signal comes, drain, and exit. With a command: run it as the worker, and exit when and as it does."""
     try:
         settings = Settings(os.environ)
     except ValueError as error:
         fail(error)
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)       # until all is set up; and in the threads, which inherit it
-    log.addHandler(LogHandler(settings.log_format == "json"))
-    log.setLevel(settings.log_level)
+    # Signals wait until all is set up (so none is lost as PID 1), and the threads, which inherit the mask, get none.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON if command else SHUT_DOWN)
     tracker = RequestTracker(settings.grace_period_seconds, settings.quiet_period_seconds,
                              settings.request_timeout_seconds)
     api = Api(tracker, settings.trusted_clients)
     servers = [listen("SIDECAR_PORT", settings.host, settings.port, api.routes),
                listen("METRICS_PORT", settings.host, settings.metrics_port, api.metrics_routes)]
-
-    def shut_down(number, frame):
-        log.info("signal", {"signal": signal.Signals(number).name})
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        threading.Thread(target=leave_at_next, daemon=True).start()
-        completed = tracker.drain(final=True)
-        for server in servers:
-            server.finish()
-        leave(0 if completed else 1)
-
-    def leave_at_next():
-        log.info("second signal", {"signal": signal.Signals(signal.sigwait(signals)).name})
-        leave(1)
-
-    for number in signals:
-        signal.signal(number, shut_down)
+    worker = start_worker(command, servers[0].url, mask) if command else None       # it forks: before any thread
+    log.addHandler(LogHandler(settings.log_format == "json"))
+    log.setLevel(settings.log_level)
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()    # None: it does not poll
     log.info("listening", {"api": servers[0].url, "metrics": servers[1].url, "version": __version__})
-    woken, wakes = os.pipe()                # a signal that comes just before the read still ends it
+    if worker:
+        leave(accompany(worker, tracker), servers)
+
+    def shut_down(number, frame):
+        log.info("signal", {"signal": signal.Signals(number).name})
+        signal.pthread_sigmask(signal.SIG_BLOCK, SHUT_DOWN)
+        threading.Thread(target=leave_at_next, daemon=True).start()
+        leave(0 if tracker.drain(final=True) else 1, servers)
+
+    def leave_at_next():
+        log.info("second signal", {"signal": signal.Signals(signal.sigwait(SHUT_DOWN)).name})
+        leave(1)
+
+    for number in SHUT_DOWN:
+        signal.signal(number, shut_down)
+    woken, wakes = os.pipe()                # a signal that comes just before the read ends it all the same
     os.set_blocking(wakes, False)
     signal.set_wakeup_fd(wakes)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHUT_DOWN)
     while True:
         os.read(woken, 1)
 
 
-def leave(status):
+def leave(status, servers=()):
+    """Exit, when the answers that are under way have been sent and the log is written."""
+    for server in servers:
+        server.finish()
     log.info("exit", {"status": status})
     logging.shutdown()
     os._exit(status)
 
+
+# ---- python sidecar.py run -- COMMAND ---------------------------------------------------------------------------------
+
+# All but what cannot be caught, what a fault of this process raises, and job control, which a terminal's whole group gets.
+PASSED_ON = set(signal.Signals) - {getattr(signal, "SIG" + name) for name in
+                                   "KILL STOP TSTP TTIN TTOU PIPE XFSZ ILL TRAP ABRT BUS FPE SEGV SYS".split()}
+SI_KERNEL = 0x80                # sigaction(2), si_code: so a terminal's Ctrl-C comes, to this process and to the worker
+
+
+def start_worker(command, url, mask):
+    """Start the worker with what this process was given: descriptors, environment, signal mask. Add SIDECAR_URL."""
+    import subprocess       # here, because a start shall not pay for what only `run` needs
+    url = re.sub(r"//(\[::\]|0\.0\.0\.0):", "//127.0.0.1:", url)           # it listens there, but is called from here
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # where a parent left it ignored, no end would be told
+    try:
+        return subprocess.Popen(command, close_fds=False, env=dict(os.environ, SIDECAR_URL=url),
+                                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask))
+    except OSError as error:
+        not_found = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        fail("%s: %s" % (command[0], error.strerror), 127 if not_found else 126)
+
+
+def accompany(worker, tracker):
+    """Pass signals on to the worker until it ends; return its exit status. The first SIGTERM or SIGINT drains before."""
+    shutting_down = False
+    while True:
+        received = signal.sigwaitinfo(PASSED_ON)
+        number = signal.Signals(received.si_signo)
+        if number == signal.SIGCHLD:
+            status = reap(worker)
+            if status is not None:
+                log.info("worker ended", {"status": status})
+                tracker.reset()
+                return status
+        elif received.si_code == SI_KERNEL:
+            pass
+        elif number in SHUT_DOWN and not shutting_down:
+            shutting_down = True
+            log.info("signal", {"signal": number.name})
+            threading.Thread(target=drain_and_pass_on, args=(number, worker, tracker), daemon=True).start()
+        else:
+            pass_on(number, worker)
+
+
+def drain_and_pass_on(number, worker, tracker):
+    over_at = time.monotonic() + tracker.grace_period_seconds
+    tracker.drain(final=True)
+    pass_on(number, worker)
+    time.sleep(max(over_at - time.monotonic(), LINGER_SECONDS))
+    pass_on(signal.SIGKILL, worker)
+
+
+def pass_on(number, worker):
+    log.info("signal passed on", {"signal": number.name})
+    try:
+        os.kill(worker.pid, number)
+    except OSError as error:            # it has just ended, or become another user's
+        log.warning("signal not passed on", {"signal": number.name, "error": error.strerror})
+
+
+def reap(worker):
+    """Take note of the children that have ended; as PID 1, orphans too. Return the worker's exit status if it is there."""
+    ended = None
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        while pid:
+            if pid == worker.pid:
+                ended = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:           # none is left
+        pass
+    return ended
+
+
+# ---- The command line -------------------------------------------------------------------------------------------------
 
 def ask(command):
     """Print what a running sidecar answers to `command`; return 0 if that is a 200, else 1."""
@@ -958,7 +1174,7 @@ def ask(command):
         text = answer.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         fail("no answer from %s: %s" % (url, error), 1)
-    sys.stdout.write(text)
+    print(text, end="")
     return 0 if answer.status == 200 else 1
 
 
@@ -967,6 +1183,8 @@ def main(arguments):
         pass
     if not arguments:
         serve()
+    if arguments[:2] == ["run", "--"] and arguments[2:]:
+        serve(arguments[2:])
     if len(arguments) == 1 and arguments[0] in COMMANDS:
         return ask(arguments[0])
     if arguments in (["--help"], ["-h"]):
@@ -975,7 +1193,7 @@ def main(arguments):
     if arguments == ["--version"]:
         print("sidecar %s" % __version__)
         return 0
-    fail("unknown arguments %s: expected none, --help, --version or one of %s"
+    fail("unknown arguments %s: expected none, --help, --version, run -- COMMAND, or one of %s"
          % (" ".join(map(repr, arguments)), ", ".join(COMMANDS)))
 
 

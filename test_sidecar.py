@@ -4,12 +4,16 @@ Each test starts the real program as a process and speaks to it over real socket
 that the kernel picks. A test that needs a peer (Go, Node, a broker, Prometheus, ...) is skipped where that is missing.
 SIDECAR_TEST_PEERS=none skips them all, SIDECAR_TEST_PEERS=all fails instead of skipping.
 """
+import base64
 import collections
+import hashlib
 import http.client
 import http.server
+import importlib.util
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -980,6 +984,46 @@ class TestLogs(Case):
         self.assertEqual((events[4]["level"], events[4]["request_id"]), ("WARNING", 'a"b'))
         self.assertEqual(events[5]["status"], 1)
 
+    def test_json_tells_a_drain_from_its_start_to_its_end(self):
+        sidecar = self.sidecar(LOG_FORMAT="json", constants={"REPORT_SECONDS": 0.01})
+        for name in "abc":
+            sidecar.post("/start-request?id=" + name)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        for name, left in (("a", 2), ("b", 1)):
+            sidecar.post("/end-request?id=" + name)
+            sidecar.wait_for('"draining".*"active_requests": %d' % left)
+        sidecar.post("/end-request?id=c")
+        self.assertEqual(sidecar.wait(), 0)
+        events = [json.loads(line) for line in sidecar.lines]
+        for event in events:
+            self.assertRegex(event["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+            self.assertEqual(event["level"], "INFO")
+        names = [event["event"] for event in events]
+        self.assertEqual(names[:3], ["listening", "signal", "drain started"])
+        self.assertEqual(set(names[3:-2]), {"draining"})
+        self.assertEqual(names[-2:], ["drain completed", "exit"])
+        drain = events[2:-1]
+        counts = [event["active_requests"] for event in drain]
+        self.assertEqual((counts, set(counts)), (sorted(counts, reverse=True), {0, 1, 2, 3}))
+        elapsed = [event["elapsed_seconds"] for event in drain]
+        self.assertEqual(elapsed, sorted(elapsed))
+        self.assertEqual([event.get("oldest_request_id") for event in drain],
+                         [(None, "c", "b", "a")[count] for count in counts])
+
+    def test_json_is_whole_however_long_a_client_makes_it(self):
+        sidecar = self.sidecar(LOG_FORMAT="json", LOG_LEVEL="DEBUG")
+        for method, path in (("GET", "/" + "a" * 8000), ("GET", "/health?" + "a" * 8000), ("A" * 8000, "/health"),
+                             ("POST", "/start-request?id=" + "%F0%9F%99%82" * 128)):
+            sidecar.call(method, path)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        sidecar.post("/end-request")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait()
+        events = [json.loads(line)["event"] for line in sidecar.lines]
+        self.assertEqual(events[:7], ["listening"] + ["request"] * 4 + ["signal", "drain started"])
+
     def test_requests_are_logged_at_debug_only(self):
         quiet, loud = self.sidecar(), self.sidecar(LOG_LEVEL="debug")
         for sidecar in (quiet, loud):
@@ -1308,14 +1352,14 @@ class ScriptedSidecar(http.server.ThreadingHTTPServer):
             if self.server.away:
                 self.close_connection = True
                 return
+            with self.server.changed:
+                self.server.posts.append(self.path)
+                self.server.changed.notify_all()
             body = json.dumps({"active_requests": 1, "draining": self.server.draining}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
-            with self.server.changed:
-                self.server.posts.append(self.path)
-                self.server.changed.notify_all()
 
         def do_GET(self):
             self.close_connection = True
@@ -1891,12 +1935,20 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
 
 class TestTelegram(Case):
     def setUp(self):
-        self.api = BotAPI()
-        self.addCleanup(self.api.close)
+        self.api = self.bot_api()
+        taken = socket.socket()             # bound, so that nobody else gets the port; not listening
+        self.addCleanup(taken.close)
+        taken.bind(("127.0.0.1", 0))
+        self.nowhere = "http://127.0.0.1:%d" % taken.getsockname()[1]
+
+    def bot_api(self):
+        api = BotAPI()
+        self.addCleanup(api.close)
+        return api
 
     def bot(self, **env):
         """Start the bot; without a sidecar, unless SIDECAR_URL says where one is."""
-        settings = dict(BOT_TOKEN=self.api.TOKEN, TELEGRAM_API_URL=self.api.url, SIDECAR_URL="http://127.0.0.1:9",
+        settings = dict(BOT_TOKEN=self.api.TOKEN, TELEGRAM_API_URL=self.api.url, SIDECAR_URL=self.nowhere,
                         KAFKA_BROKERS=None)
         settings.update(env)
         return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=settings)
@@ -1996,8 +2048,7 @@ class TestTelegram(Case):
         """Stop the bot with a signal at every stage and start it again; check({text: how often users got it})."""
         for name, (stage, condition) in self.STAGES.items():
             with self.subTest(name):
-                self.api = BotAPI()
-                self.addCleanup(self.api.close)
+                self.api = self.bot_api()
                 for text in "123":
                     self.api.say(text)
                 gate = self.api.hold(stage, condition)
@@ -2044,8 +2095,7 @@ class TestTelegram(Case):
     def test_too_many_requests_waits_as_long_as_it_is_told(self):
         for method in ("getUpdates", "sendMessage"):
             with self.subTest(method):
-                self.api = BotAPI()
-                self.addCleanup(self.api.close)
+                self.api = self.bot_api()
                 self.api.fail(method, ("retry_after", 2))
                 self.api.say("hello")
                 bot = self.bot()
@@ -2056,7 +2106,7 @@ class TestTelegram(Case):
                 self.end(bot)
 
     def test_a_server_error_is_waited_out(self):
-        self.api.fail("getUpdates", 502, 500)
+        self.api.fail("getUpdates", 502, 200)       # 200: somebody else's page
         self.api.fail("sendMessage", 503, "drop before")
         self.api.say("hello")
         bot = self.bot()
@@ -2064,14 +2114,27 @@ class TestTelegram(Case):
         self.assertEqual(self.api.texts(), ["Echo: hello"])
         self.end(bot)
 
+    def test_sigterm_breaks_into_a_wait_to_try_again(self):
+        for method, failures in (("getUpdates", 1), ("sendMessage", 2)):    # a reply is tried once more
+            with self.subTest(method):
+                self.api = self.bot_api()
+                self.api.fail(method, *[("retry_after", 1000 * PATIENCE)] * failures)
+                self.api.say("hello")
+                bot = self.bot()
+                bot.wait_for(method + " failed")
+                self.end(bot)
+                self.assertEqual(self.api.texts(), [])
+                again = self.bot()
+                self.api.wait_until_confirmed()
+                self.assertEqual(self.api.texts(), ["Echo: hello"])
+                self.end(again)
+
     def test_no_server_at_all_is_waited_out_and_the_token_not_told(self):
-        with socket.socket() as taken:      # bound, so that nobody else gets the port; not listening
-            taken.bind(("127.0.0.1", 0))
-            bot = self.bot(TELEGRAM_API_URL="http://127.0.0.1:%d" % taken.getsockname()[1])
-            bot.wait_for("(?i)refused")
-            with open("/proc/%d/cmdline" % bot.process.pid) as file:
-                self.assertNotIn("AAtest", file.read())
-            self.end(bot)
+        bot = self.bot(TELEGRAM_API_URL=self.nowhere)
+        bot.wait_for("(?i)getUpdates.*refused")
+        with open("/proc/%d/cmdline" % bot.process.pid) as file:
+            self.assertNotIn("AAtest", file.read())
+        self.end(bot)
 
     def check_it_gives_up(self, bot, *words):
         self.assertEqual(bot.wait(), 1, bot.log)
@@ -2121,6 +2184,20 @@ class TestTelegram(Case):
         self.end(bot)
         self.assertRegex(sidecar.prometheus(), r"(?m)^sidecar_requests_total 1$")
         self.assertRegex(sidecar.prometheus(), r"(?m)^sidecar_unmatched_ends_total 0$")
+
+    def test_a_bot_that_was_killed_leaves_no_count_once_it_is_back(self):
+        sidecar = self.sidecar()
+        gate = self.api.hold("replying")
+        bot = self.bot(SIDECAR_URL=sidecar.url)
+        self.api.say("hello")
+        self.api.wait_for("replying")
+        bot.kill()
+        gate.set()
+        self.assertEqual(sidecar.active(), 1)
+        again = self.bot(SIDECAR_URL=sidecar.url)
+        self.api.wait_until_confirmed()
+        self.assertEqual(sidecar.active(), 0)
+        self.end(again)
 
     def drained(self):
         """Return a sidecar that is drained, and a bot that knows it and has an update waiting."""
@@ -2195,28 +2272,513 @@ class TestTelegram(Case):
             self.assertLess(tried, 20)
 
     def test_it_says_whether_a_sidecar_is_there_and_only_when_that_changes(self):
-        with socket.socket() as taken:      # bound, so that nobody else gets the port; not listening
-            taken.bind(("127.0.0.1", 0))
-            port = taken.getsockname()[1]
-            bot = self.bot(SIDECAR_URL="http://127.0.0.1:%d" % port)
-            for text in "123":
-                self.api.say(text)
+        sidecar = ScriptedSidecar()
+        self.addCleanup(sidecar.close)
+        sidecar.away = True
+        bot = self.bot(SIDECAR_URL=sidecar.url)
+
+        def said():         # after one more update
+            self.api.say("hello")
             self.api.wait_until_confirmed()
-        said = [line for line in bot.lines if "sidecar" in line.lower()]
-        self.assertEqual(len(said), 1, bot.log)
-        sidecar = self.sidecar(SIDECAR_PORT=port)
-        lines = len(bot.lines)
-        while len(bot.lines) == lines:      # it leaves one that was absent alone for a while
-            self.api.say("more")
-            self.api.wait_until_confirmed()
-        self.assertRegex(bot.lines[lines], "(?i)sidecar")
-        lines = len(bot.lines)
-        sidecar.kill()
-        for text in "456":
-            self.api.say(text)
-        self.api.wait_until_confirmed()
-        self.assertEqual(len([line for line in bot.lines[lines:] if "sidecar" in line.lower()]), 1, bot.log)
+            return re.findall("working without a sidecar|reporting to the sidecar", bot.log)
+
+        for number, away in enumerate((True, False, True), 1):
+            sidecar.away = away
+            until(lambda: len(said()) >= number)    # it leaves one that was absent alone for a while
+            for _ in range(5):
+                said()
+        self.assertEqual(said(), ["working without a sidecar", "reporting to the sidecar", "working without a sidecar"])
         self.end(bot)
+
+
+CHROMIUM = shutil.which("chromium")
+PROMETHEUS = shutil.which("prometheus") and shutil.which("promtool")
+PROMETHEUS_CLIENT = importlib.util.find_spec("prometheus_client")
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+def samples(text):
+    """Return {sample with its labels: value} of an exposition."""
+    return {name: float(value) for name, value in re.findall(r"^([a-z_]+(?:\{.*\})?) (\S+)$", text, re.MULTILINE)}
+
+
+class TestPage(Case):
+    """GET / on SIDECAR_PORT, as it is sent."""
+
+    def front(self, accept):
+        """Return (headers, body) of the answer to GET /."""
+        answers = self.sidecar().answers(b"GET / HTTP/1.1\r\nAccept: %s\r\nConnection: close\r\n\r\n" % accept)
+        status, headers, body = answers[0]
+        self.assertEqual((status, len(answers)), (200, 1))
+        return headers, body
+
+    def test_a_browser_gets_a_page_below_5_kb(self):
+        headers, body = self.front(b"text/html,application/xhtml+xml,*/*;q=0.8")
+        self.assertEqual(headers["content-type"], "text/html; charset=utf-8")
+        head = sum(len("%s: %s\r\n" % header) for header in headers.items())
+        self.assertLess(head + len(body.encode()), 5 * 1024)
+        self.assertNotRegex(body, r"(?i)https?:|\bsrc=|\bhref=|@import|url\(|innerHTML|\son[a-z]+=|\sstyle=")
+
+    def test_its_policy_allows_its_own_script_and_style_and_nothing_else(self):
+        headers, body = self.front(b"text/html")
+        policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+        for tag in ("script", "style"):
+            (text,) = re.findall("<%s>(.*?)</%s>" % (tag, tag), body, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            self.assertEqual(policy.pop(tag + "-src"), "'sha256-%s'" % digest)
+        self.assertEqual(policy.pop("connect-src"), "'self'")
+        self.assertEqual(policy, dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"))
+
+    def test_curl_gets_the_list_of_endpoints(self):
+        headers, body = self.front(b"*/*")
+        self.assertEqual(headers["content-type"], "text/plain; charset=utf-8")
+        for path in "/start-request /end-request /reset /metrics /requests /health /ready /drain".split():
+            self.assertIn(" %s " % path, body)
+        self.assertNotIn("Variables", body)
+
+
+class Browser:
+    """A headless Chromium, asked over its DevTools pipe: JSON texts, each ended by a NUL byte.
+
+    https://chromedevtools.github.io/devtools-protocol/
+    """
+
+    FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run "
+             "--disable-sync --disable-background-networking --disable-component-update --remote-debugging-pipe")
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp()
+        # Chromium reads from descriptor 3 and writes to 4; the shell makes them of its own input and output.
+        self.process = subprocess.Popen(
+            ["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null', CHROMIUM, "--user-data-dir=" + self.folder]
+            + self.FLAGS.split(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True)
+        self.unread, self.sent, self.events = b"", 0, []
+        self.tab = self.session = None
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def ask(self, method, **params):
+        """Return the result of a DevTools command. The events that come before it are added to `events`."""
+        self.sent += 1
+        message = dict({"id": self.sent, "method": method, "params": params},
+                       **{"sessionId": self.session} if self.session else {})
+        self.process.stdin.write(json.dumps(message).encode() + b"\0")
+        self.process.stdin.flush()
+        while True:
+            message = self.receive()
+            if message.get("id") == self.sent:
+                if "error" in message:
+                    raise AssertionError("%s: %s" % (method, message["error"]))
+                return message["result"]
+            self.events.append(message)
+
+    def receive(self):
+        while b"\0" not in self.unread:
+            if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+                raise AssertionError("the browser does not answer")
+            piece = os.read(self.process.stdout.fileno(), 65536)
+            if not piece:
+                raise AssertionError("the browser has crashed")
+            self.unread += piece
+        text, _, self.unread = self.unread.partition(b"\0")
+        return json.loads(text.decode())
+
+    def open(self, url):
+        """Load a page in a new tab, which takes the place of the one before."""
+        before, self.session = self.tab, None
+        self.tab = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        if before:
+            self.ask("Target.closeTarget", targetId=before)
+        self.session = self.ask("Target.attachToTarget", targetId=self.tab, flatten=True)["sessionId"]
+        self.events = []
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.ask(domain + ".enable")
+        self.ask("Page.navigate", url=url)
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.receive())
+
+    def run(self, script):
+        """Return the value of JavaScript in the page; a promise is waited for."""
+        answer = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise AssertionError(answer["exceptionDetails"])
+        return answer["result"].get("value")
+
+    def text(self, selector):
+        return self.run("document.querySelector(%s).innerText" % json.dumps(selector))
+
+    def style(self, selector, name):
+        return self.run("getComputedStyle(document.querySelector(%s))[%s]" % (json.dumps(selector), json.dumps(name)))
+
+
+@needs("Chromium", CHROMIUM)
+class TestBrowser(Case):
+    """The page in a real browser."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.browser = Browser()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.browser.kill()
+
+    def open(self, **env):
+        """Return a new sidecar, whose page the browser shows."""
+        sidecar = self.sidecar(**env)
+        self.browser.open(sidecar.url + "/")
+        self.wait_for("#phase", "serving")
+        return sidecar
+
+    def wait_for(self, selector, pattern):
+        """Return the match of `pattern` in the text of an element, as soon as it is there."""
+        return until(lambda: re.search(pattern, self.browser.text(selector)), "%s ~ %r" % (selector, pattern))
+
+    def assert_quiet(self, sidecar):
+        """Check that the console is empty, and that nothing was asked of anyone but the sidecar."""
+        self.browser.run("0")               # the events until now are received
+        said = [event["params"] for event in self.browser.events
+                if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")]
+        self.assertEqual(said, [])
+        asked = {event["params"]["request"]["url"] for event in self.browser.events
+                 if event["method"] == "Network.requestWillBeSent"}
+        self.assertEqual(asked, {sidecar.url + path for path in ("/", "/metrics", "/requests")})
+
+    def test_a_started_request_is_seen_within_two_seconds(self):
+        sidecar = self.open()
+        for count in range(1, 6):           # a machine may be slow for a moment, but not each time
+            sidecar.post("/start-request?id=job-%d" % count)
+            started = time.monotonic()
+            self.wait_for("#active", "^%d$" % count)
+            if time.monotonic() - started < 2:
+                break
+        else:
+            self.fail("a started request was never seen within two seconds")
+        self.assertRegex(self.browser.text("#longest tr"), r"^job-1\s+\d+\.\d s$")
+        self.assertRegex(self.browser.text("#figures"), r"started\s+%d\b" % count)
+        self.assert_quiet(sidecar)
+
+    def test_the_chart_moves(self):
+        sidecar = self.open()
+
+        def path(pattern):
+            script = "document.querySelector('path').getAttribute('d')"
+            return until(lambda: re.match(pattern, self.browser.run(script)), "a chart ~ %r" % pattern)
+
+        first = float(path(r"M([\d.]+) 100V100").group(1))
+        sidecar.post("/start-request?id=a")
+        sidecar.post("/start-request?id=b")
+        path(r".*V0H")                      # up to the top
+        self.wait_for("#peak", "^peak 2$")
+        sidecar.post("/end-request?id=a")
+        path(r".*V0H.*V50H")                # and half-way down again
+        sidecar.post("/end-request?id=b")
+        last = float(path(r"M([\d.]+) .*V50H.*V100").group(1))
+        self.assertLess(last, first - 2)    # and to the left meanwhile
+        self.assert_quiet(sidecar)
+
+    def test_a_drain_is_seen_with_its_countdown(self):
+        sidecar = self.open(GRACE_PERIOD_SECONDS=4 * PATIENCE)
+        for name in "ab":
+            sidecar.post("/start-request?id=" + name)
+        self.wait_for("#active", "^2$")
+        hue = self.browser.style("#active", "color")
+        sidecar.signal(signal.SIGTERM)
+        self.wait_for("#phase", r"^draining: 2 of 2 to go, \d+ s left$")
+        self.assertNotEqual(self.browser.style("#active", "color"), hue)
+        sidecar.post("/end-request?id=a")
+        left = int(self.wait_for("#phase", r"^draining: 1 of 2 to go, (\d+) s left$").group(1))
+        self.wait_for("#phase", " %d s left$" % (left - 1))
+        share = float(re.match(r"([\d.]+)% 2px$", self.browser.style("header", "backgroundSize")).group(1))
+        self.assertTrue(0 < share < 100, share)
+        self.assert_quiet(sidecar)
+        sidecar.post("/end-request?id=b")
+        self.assertEqual(sidecar.wait(), 0)
+        self.wait_for("#phase", r"^gone: no answer since \d")
+
+    def test_it_says_when_the_sidecar_is_gone_and_comes_back_with_it(self):
+        sidecar = self.open()
+        sidecar.post("/start-request?id=a")
+        self.wait_for("#active", "^1$")
+        sidecar.signal(signal.SIGSTOP)                      # it accepts, and never answers
+        self.wait_for("#phase", "^gone: no answer since ")
+        sidecar.signal(signal.SIGCONT)
+        self.wait_for("#phase", "^serving$")
+        self.assertEqual(self.browser.text("#active"), "1")
+        sidecar.kill()
+        self.wait_for("#phase", "^gone: no answer since ")
+        self.assertEqual(self.browser.text("#active"), "1")     # the last that was known
+        self.sidecar(SIDECAR_PORT=sidecar.port)
+        self.wait_for("#phase", "^serving$")
+        self.assertEqual(self.browser.text("#active"), "0")
+        self.assertEqual(self.browser.run("document.querySelector('#longest').rows.length"), 0)
+
+    def test_an_id_is_shown_as_text(self):
+        sidecar = self.open()
+        name = "<b>bold</b><img src=x onerror=alert(1)>"
+        sidecar.post("/start-request?id=" + urllib.parse.quote(name))
+        until(lambda: self.browser.run("document.querySelectorAll('#longest td').length") == 2)
+        self.assertEqual(self.browser.text("#longest td"), name)
+        self.assertEqual(self.browser.run("document.querySelectorAll('b, img').length"), 0)
+        self.assert_quiet(sidecar)
+
+    def test_the_ten_oldest_of_many(self):
+        sidecar = self.open()
+        sidecar.answers(b"POST /start-request HTTP/1.1\r\n\r\n" * 1233 + b"POST /start-request HTTP/1.0\r\n\r\n")
+        self.wait_for("#active", r"^1.?234$")
+        oldest = [request["request_id"] for request in sidecar.get("/requests")[1][:10]]
+        shown = "Array.from(document.querySelector('#longest').rows, row => row.cells[0].textContent)"
+        self.assertEqual(self.browser.run(shown), oldest)
+        sidecar.post("/reset")
+        self.wait_for("#active", "^0$")
+        self.assertEqual(self.browser.run(shown), [])
+        self.assertRegex(self.browser.text("#figures"), r"given up\s+1.?234\b")
+        self.assert_quiet(sidecar)
+
+    def test_what_has_not_changed_is_not_touched(self):
+        sidecar = self.open()
+        sidecar.post("/start-request?id=a")
+        self.wait_for("#longest", "a")
+        self.browser.run("""window.changes = []; window.ticks = 0;
+            new MutationObserver(found => {
+                for (const change of found) if (change.type === "childList") changes.push(change.target.outerHTML);
+                if (found.some(change => change.target.matches("path"))) ticks++;
+            }).observe(document.body, { subtree: true, childList: true, attributes: true });""")
+        until(lambda: self.browser.run("ticks") >= 2)
+        changed = [html for html in self.browser.run("changes") if not re.match(r"<td>[\d.]+ s</td>$", html)]
+        self.assertEqual(changed, [])       # but for the age, that is
+
+    def test_its_policy_is_in_force(self):
+        sidecar = self.open()
+        self.assert_quiet(sidecar)
+        violation = """new Promise(done => {
+            const tell = event => done(event.effectiveDirective);
+            document.addEventListener("securitypolicyviolation", tell, { once: true });
+            %s })"""
+        for directive, script in (
+                ("img-src", "document.body.append(Object.assign(new Image(), { src: '/health' }))"),
+                ("script-src-elem", "const script = document.createElement('script'); "
+                                    "script.textContent = 'window.hit = 1'; document.body.append(script)"),
+                ("style-src-attr", "document.body.setAttribute('style', 'color: red')"),
+                ("connect-src", "fetch('http://127.0.0.1:%d/metrics').catch(() => 0)" % sidecar.metrics_port)):
+            self.assertEqual(self.browser.run(violation % script), directive)
+        self.assertIsNone(self.browser.run("window.hit"))
+
+    def test_it_follows_the_colour_scheme_and_fits_a_phone(self):
+        sidecar = self.open()
+        sidecar.post("/start-request?id=" + "W" * 128)
+        self.wait_for("#longest", "W" * 128)
+        self.browser.ask("Emulation.setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=2,
+                         mobile=True)
+        self.assertLessEqual(self.browser.run("document.documentElement.scrollWidth"), 320)
+        paper = {}
+        for scheme in ("light", "dark"):
+            self.browser.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            paper[scheme] = luminance(self.browser.style("body", "backgroundColor"))
+            for selector in ("body", "#phase", "#active", "td + td"):
+                darker, lighter = sorted((luminance(self.browser.style(selector, "color")), paper[scheme]))
+                self.assertGreaterEqual((lighter + 0.05) / (darker + 0.05), 4.5, (scheme, selector))
+        self.assertLess(paper["dark"], 0.1)
+        self.assertGreater(paper["light"], 0.9)
+        self.assert_quiet(sidecar)
+
+
+def luminance(color):
+    """Return the luminance of "rgb(R, G, B)", from 0 to 1 (https://www.w3.org/TR/WCAG21/#dfn-relative-luminance)."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+class TestScrapes(Case):
+    """Each scrape is of one moment."""
+
+    def test_scrapes_add_up_while_requests_come_and_go(self):
+        sidecar = self.sidecar()
+        over = threading.Event()
+
+        def work(number):
+            """Start and end requests; each takes a quarter of a second, it says, so that every sum is exact."""
+            connection = http.client.HTTPConnection(sidecar.host, sidecar.port, timeout=PATIENCE)
+            for turn in range(1 << 30):
+                for path in ("/start-request?id=%d-%d" % (number, turn), "/start-request",
+                             "/end-request?duration=250ms&id=%d-%d" % (number, turn), "/end-request?duration=250ms"):
+                    connection.request("POST", path)
+                    connection.getresponse().read()
+                if over.is_set():
+                    return connection.close()
+
+        def scrape():
+            before, seen = {}, set()
+            for turn in range(300):
+                values = samples(sidecar.prometheus(OPENMETRICS if turn % 2 else ""))
+                ended = values["sidecar_request_duration_seconds_count"]
+                self.assertEqual(values["sidecar_requests_total"], values["sidecar_active_requests"] + ended)
+                self.assertEqual(values["sidecar_request_duration_seconds_sum"], ended / 4)
+                for name, value in values.items():
+                    if name.startswith("sidecar_request_duration_seconds_bucket"):
+                        bound = float(re.search('le="(.*)"', name).group(1))
+                        self.assertEqual(value, ended if bound >= 0.25 else 0, name)
+                    if re.search("_(total|count|sum|bucket)", name):
+                        self.assertGreaterEqual(value, before.get(name, 0), name)
+                before = values
+                seen.add((values["sidecar_active_requests"], ended))
+            return seen
+
+        def play(number):
+            try:
+                return work(number) if number else scrape()
+            finally:
+                over.set()
+
+        seen = in_threads(4, play)[0]
+        self.assertGreater(len({active for active, _ in seen}), 2)      # or nothing went on meanwhile
+        self.assertGreater(len(seen), 30)
+
+    def test_what_was_given_up_adds_up_too(self):
+        sidecar = self.sidecar()
+        for path in ("/start-request?id=a", "/start-request", "/end-request?id=a", "/reset", "/start-request"):
+            sidecar.post(path)
+        values = samples(sidecar.prometheus())
+        self.assertEqual([values["sidecar_" + name] for name in (
+            "requests_total", "active_requests", "request_duration_seconds_count", "requests_expired_total")],
+            [3, 1, 1, 1])
+
+
+@needs("prometheus_client", PROMETHEUS_CLIENT)
+class TestPrometheusClient(Case):
+    """The reference parsers read what is exposed, and read the same."""
+
+    def check(self, parse, accept):
+        sidecar = self.sidecar()
+        durations = (0.001, 0.005, 0.2, 3, 1000)
+        for seconds in durations:
+            sidecar.post("/start-request")
+            sidecar.post("/end-request?duration=%s" % seconds)
+        sidecar.post("/start-request")
+        sidecar.post("/end-request?id=none")
+        text = sidecar.prometheus(accept)
+        families = {family.name: family for family in parse(text)}
+        read = {}
+        for family in families.values():
+            self.assertTrue(family.documentation, family.name)
+            self.assertNotEqual(family.type, "unknown", family.name)
+            for sample in family.samples:
+                labels = ",".join('%s="%s"' % pair for pair in sample.labels.items())
+                read[sample.name + ("{%s}" % labels if labels else "")] = sample.value
+                self.assertEqual((sample.timestamp, sample.exemplar), (None, None))
+        self.assertEqual(read, samples(text))
+        self.assertEqual(len(read), sum(not line.startswith("#") for line in text.splitlines()))
+        self.assertEqual(families["sidecar_requests"].type, "counter")
+        self.assertEqual([read["sidecar_" + name] for name in (
+            "requests_total", "active_requests", "unmatched_ends_total", "request_duration_seconds_count",
+            'request_duration_seconds_bucket{le="0.25"}')], [6, 1, 1, 5, 3])
+        self.assertAlmostEqual(read["sidecar_request_duration_seconds_sum"], sum(durations))
+        return families
+
+    def test_text(self):
+        from prometheus_client.parser import text_string_to_metric_families as parse
+        families = self.check(parse, "text/plain")
+        self.assertEqual(families["sidecar_info"].type, "gauge")
+
+    def test_openmetrics(self):
+        from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
+        families = self.check(parse, OPENMETRICS)
+        self.assertEqual(families["sidecar"].type, "info")
+
+
+@needs("Prometheus", PROMETHEUS)
+class TestPrometheusServer(Case):
+    """A real Prometheus scrapes a real sidecar: as OpenMetrics, and as text by way of a relay that asks for that."""
+
+    def setUp(self):
+        self.watched = self.sidecar()
+        case = self
+
+        class Relay(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                text = case.watched.prometheus("text/plain").encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def handle(self):
+                try:
+                    super().handle()
+                except OSError:                 # nobody to relay from: the scrape has failed
+                    pass
+
+            def log_message(self, *args):
+                pass
+
+        relay = http.server.HTTPServer(("127.0.0.1", 0), Relay)
+        self.addCleanup(relay.server_close)
+        self.addCleanup(relay.shutdown)
+        threading.Thread(target=relay.serve_forever, args=(0.01,), daemon=True).start()
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        config = os.path.join(folder, "prometheus.yml")
+        with open(config, "w") as file:
+            json.dump({"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"}, "scrape_configs": [
+                {"job_name": job, "static_configs": [{"targets": ["127.0.0.1:%d" % port]}]}
+                for job, port in (("openmetrics", self.watched.metrics_port), ("text", relay.server_port))]}, file)
+        self.prometheus = self.program("prometheus", "--config.file=" + config, "--storage.tsdb.path=" + folder,
+                                       "--web.listen-address=127.0.0.1:0")
+        self.port = int(self.prometheus.wait_for(r'msg="Listening on" address=127.0.0.1:(\d+)').group(1))
+        self.prometheus.wait_for("Server is ready")
+
+    def ask(self, path, **query):
+        """Return the data of Prometheus's answer: https://prometheus.io/docs/prometheus/latest/querying/api/"""
+        path = "/api/v1/%s?%s" % (path, urllib.parse.urlencode(query))
+        status, answer = self.watched.call("GET", path, port=self.port)
+        self.assertEqual((status, answer["status"]), (200, "success"), answer)
+        return answer["data"]
+
+    def wait_for(self, query, value):
+        """Wait until both jobs have `value`."""
+        def found():
+            return {each["metric"]["job"]: float(each["value"][1]) for each in self.ask("query", query=query)["result"]}
+        until(lambda: found() == {"openmetrics": value, "text": value}, "%s == %s" % (query, value))
+
+    def test_it_scrapes_both_formats_and_sees_a_restart(self):
+        self.wait_for("up", 1)
+        for job, counter in (("openmetrics", "sidecar_requests"), ("text", "sidecar_requests_total")):
+            metadata = self.ask("targets/metadata", match_target='{job="%s"}' % job)
+            known = {each["metric"]: each["type"] for each in metadata}
+            self.assertEqual(known[counter], "counter")
+            self.assertEqual(known["sidecar_request_duration_seconds"], "histogram")
+        for hundredths in range(1, 101):        # evenly spread, as histogram_quantile has it inside a bucket
+            self.watched.post("/start-request")
+            self.watched.post("/end-request?duration=%dms" % (10 * hundredths))
+        self.wait_for("sidecar_request_duration_seconds_count", 100)
+        for quantile in (0.1, 0.5, 0.75, 0.9, 1.0):
+            estimate = "histogram_quantile(%s, sidecar_request_duration_seconds_bucket)" % quantile
+            self.wait_for("round(%s, 0.000001)" % estimate, quantile)
+        self.wait_for("sidecar_request_duration_seconds_sum", 50.5)
+        self.wait_for("sidecar_active_requests", 0)
+        self.watched.kill()
+        self.wait_for("up", 0)
+        self.watched = self.sidecar(METRICS_PORT=self.watched.metrics_port)
+        self.watched.post("/start-request")
+        self.wait_for("sidecar_active_requests", 1)
+        self.wait_for("resets(sidecar_requests_total[1h])", 1)
+        self.wait_for("resets(sidecar_request_duration_seconds_count[1h])", 1)
+
+    def test_promtool_has_nothing_to_say(self):
+        for path in (None, "/start-request", "/end-request?duration=1s", "/end-request", "/start-request", "/reset"):
+            if path:
+                self.watched.post(path)
+            checked = subprocess.run(["promtool", "check", "metrics"], input=self.watched.prometheus().encode(),
+                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+            self.assertEqual((checked.returncode, checked.stdout), (0, b""))
 
 
 if __name__ == "__main__":
