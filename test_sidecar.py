@@ -710,6 +710,7 @@ class TestHostileClients(Case):
                                  (b"Transfer-Encoding: chunked\r\n\r\n" + (b"8000\r\n" + b"x" * 32768 + b"\r\n") * 3, 413)):
             self.assertEqual(self.statuses(b"POST /start-request HTTP/1.1\r\n" + fields + after), [expected], fields[:60])
         self.assertEqual(self.target.active(), 0)
+        self.assertEqual(self.target.call("POST", "/start-request", b"x" * (8 << 20))[0], 413)     # sent whole, then read
 
     def test_expect_100_continue(self):
         head = b"POST /start-request HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
