@@ -566,6 +566,7 @@ def content_security_policy():
 # ---- HTTP -------------------------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 512           # to a port; each has a thread
+SPARE_THREADS = 16              # of a port, that wait for a connection
 MAX_LINE_BYTES = 8 * 1024
 MAX_HEAD_BYTES = 16 * 1024
 MAX_BODY_BYTES = 64 * 1024
@@ -753,6 +754,21 @@ class Connection(socketserver.BaseRequestHandler):
             pass
 
 
+class ConnectionThread(threading.Thread):
+    """Serves one connection after the other: to start a thread costs more than to answer a request."""
+
+    def __init__(self, server):
+        super().__init__(daemon=True)
+        self.server, self.inbox = server, queue.SimpleQueue()
+
+    def run(self):
+        while not self.server.finishing:
+            self.server.process_request_thread(*self.inbox.get())
+            if len(self.server.spare_threads) >= SPARE_THREADS:
+                break
+            self.server.spare_threads.append(self)
+
+
 class Server(http.server.ThreadingHTTPServer):
     """A port and its routes: {(method, path): function from a Request to an Answer}. HEAD is answered as GET is."""
 
@@ -763,7 +779,8 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, host, port, routes):
         self.routes = routes
         self.connections = {}               # socket: thread
-        self.out_of_descriptors = False
+        self.spare_threads = []
+        self.out_of_descriptors = self.finishing = False
         if host:
             self.address_family, _, _, _, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))   # IPv4
             super().__init__(address[:2], Connection)
@@ -826,9 +843,13 @@ class Server(http.server.ThreadingHTTPServer):
         return False
 
     def process_request(self, request, client_address):
-        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
+        try:
+            thread = self.spare_threads.pop()
+        except IndexError:
+            thread = ConnectionThread(self)
+            thread.start()
         self.connections[request] = thread
-        thread.start()
+        thread.inbox.put((request, client_address))
 
     def shutdown_request(self, request):
         self.connections.pop(request, None)
@@ -839,6 +860,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def finish(self):
         """Let the answers that are under way be sent: no connection is read from any more, so its thread ends."""
+        self.finishing = True
         over_at = time.monotonic() + LINGER_SECONDS
         connections = list(self.connections.items())
         for connection, _ in connections:
@@ -951,7 +973,7 @@ class Api:
 def parameters(request):
     """Return the query as a dict. A name that comes twice has both values, on two lines: no valid id or duration."""
     values = {}
-    for name, value in parse_qsl(request.query or "", keep_blank_values=True):
+    for name, value in parse_qsl(request.query, keep_blank_values=True) if request.query else ():
         values[name] = values[name] + "\n" + value if name in values else value
     return values
 
