@@ -72,6 +72,7 @@ class Sidecar:
         self._threads_own = threading.local()       # a connection for each thread, kept alive
         self._rest_until = 0.0
         self._trouble = "unknown"                   # of the last call; None: it was answered
+        self._undelivered = set()                   # the paths of ends that wait for their next try
 
     @contextmanager
     def track(self):
@@ -95,9 +96,17 @@ class Sidecar:
         """Say that this worker has just started: requests that one before it left behind are over."""
         self._tell("POST", "/reset")
 
+    def close(self):
+        """Say, as the worker exits, what could not be said yet; a sidecar that still hangs costs one time-out."""
+        self._rest_until = 0.0
+        for path in list(self._undelivered):
+            self._tell("POST", path)
+
     def _end(self, path):
         """Deliver an end, now or later: a sidecar that hung for a moment must not be left with a count."""
+        self._undelivered.discard(path)
         if not self._tell("POST", path) and not isinstance(self._trouble, ConnectionRefusedError):      # its count is gone
+            self._undelivered.add(path)
             retry = threading.Timer(self.REST_SECONDS, self._end, [path])
             retry.daemon = True
             retry.start()
@@ -254,6 +263,7 @@ class Telegram:
     """
 
     POLL_SECONDS = 50
+    ANSWER_SECONDS = 10
     BATCH = 10
     MAX_DELAY_SECONDS = 30.0
 
@@ -267,7 +277,7 @@ class Telegram:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError("TELEGRAM_API_URL=%r: expected https://HOST[:PORT]" % url)
         connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = connection(parts.hostname, parts.port, timeout=self.POLL_SECONDS + 10)
+        self._connection = connection(parts.hostname, parts.port)
         self._path = parts.path.rstrip("/")
         self._updates = collections.deque()
         self._offset = self._confirmed = 0
@@ -319,7 +329,7 @@ class Telegram:
                 self._connection.close()        # a poll that was broken off: its answer may still come
                 return None
             if answer.get("ok"):
-                return answer["result"]
+                return answer.get("result")
             code, problem = answer.get("error_code", 500), str(answer.get("description")).replace(self._token, "...")
             if code in (401, 404):
                 raise ConfigError("Telegram refuses BOT_TOKEN (%s %s): expected what @BotFather gave" % (code, problem), 1)
@@ -332,11 +342,16 @@ class Telegram:
                 raise Interrupted
             attempt += 1
             delay = min(self.MAX_DELAY_SECONDS, 2.0 ** attempt) * random.uniform(0.25, 0.5)
-            delay = (answer.get("parameters") or {}).get("retry_after", delay)
+            told = (answer.get("parameters") or {}).get("retry_after")
+            delay = told if isinstance(told, (int, float)) else delay
             log.warning("%s failed, next try in %.1f s: %s %s", method, delay, code, problem)
             self.stopping.sleep(delay)
 
     def _post(self, method, parameters):
+        seconds = self.ANSWER_SECONDS + parameters.get("timeout", 0)
+        self._connection.timeout = seconds
+        if self._connection.sock:
+            self._connection.sock.settimeout(seconds)
         self._connection.request("POST", "%s/bot%s/%s" % (self._path, self._token, method), json.dumps(parameters),
                                  {"Content-Type": "application/json"})
         answer = self._connection.getresponse()
@@ -1187,6 +1202,7 @@ def run(source, sidecar, stopping):
         pass
     finally:
         source.close()
+        sidecar.close()
         log.info("stopped")
 
 
