@@ -505,16 +505,16 @@ class TestDrain(Case):
     def test_those_who_wait_at_sigterm_get_their_answer_before_the_exit(self):
         sidecar = self.sidecar()
         sidecar.post("/start-request?id=a")
-        answers = []
-        callers = threading.Thread(target=lambda: answers.extend(in_threads(4, lambda _: sidecar.get("/drain"))), daemon=True)
-        callers.start()
-        sidecar.wait_for("drain started")
+        before = sidecar.sample("process_open_fds")
+        callers = [sidecar.raw(b"GET /drain HTTP/1.1\r\n\r\n") for _ in range(4)]
+        until(lambda: sidecar.sample("process_open_fds") >= before + 4, "accepted")
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("INFO signal")
         sidecar.post("/end-request?id=a")
         self.assertEqual(sidecar.wait(), 0)
-        callers.join(PATIENCE)
-        self.assertEqual([status for status, _ in answers], [200] * 4)
+        for caller in callers:
+            with caller:
+                self.assertTrue(caller.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n"))
 
     def test_idle_connections_do_not_delay_the_exit_nor_lose_the_last_answer(self):
         for _ in range(5):
