@@ -13,6 +13,16 @@ Variables:
     SIDECAR_URL             where the sidecar is                        http://127.0.0.1:8081
     BOT_TOKEN               the token that @BotFather gave
     TELEGRAM_API_URL        a Bot API server of your own                https://api.telegram.org
+
+and for Kafka, where updates come as {"bot_id", "update"} and replies go as {"bot_token", "method", "params"}:
+
+    KAFKA_BROKERS, KAFKA_INCOMING_TOPIC, KAFKA_OUTGOING_TOPIC, KAFKA_CONSUMER_GROUP
+    BOT_ID                  an update for another bot is passed over    every update is answered
+    KAFKA_DEAD_LETTER_TOPIC where a record goes that is no such JSON    it is logged, and passed over
+    KAFKA_SECURITY_PROTOCOL PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL  PLAINTEXT
+    KAFKA_SSL_CAFILE        the CA of the brokers' certificates         the system's CAs
+    KAFKA_SASL_MECHANISM    PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512       PLAIN
+    KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD
 """
 import base64
 import collections

@@ -42,6 +42,9 @@ def needs(peer, found):
     return unittest.skipUnless(found and PEERS != "none", "%s is not installed" % peer)
 
 
+needs_proc = unittest.skipUnless(os.path.exists("/proc/self/stat"), "/proc is not mounted")
+
+
 class Program:
     """A process under test: its standard error (and output, where not asked for apart) line by line, its end."""
 
@@ -502,6 +505,7 @@ class TestDrain(Case):
         self.assertIn("grace period", answer["error"])
         self.assertEqual(sidecar.sample('sidecar_drains_total{outcome="timed_out"}'), 1)
 
+    @needs_proc
     def test_those_who_wait_at_sigterm_get_their_answer_before_the_exit(self):
         sidecar = self.sidecar()
         sidecar.post("/start-request?id=a")
@@ -1161,6 +1165,7 @@ class TestSidecarClient(Case):
         until(client.ready)                 # no SIGTERM came
         self.assertFalse(client.draining)
 
+    @needs_proc
     def test_a_connection_that_the_sidecar_closed_is_opened_again(self):
         sidecar = self.sidecar(constants={"IDLE_SECONDS": 0.05})
         client, before = self.client(sidecar.url), sidecar.sample("process_open_fds")
