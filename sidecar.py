@@ -65,7 +65,7 @@ __version__ = "1.0.0"
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
 COMMANDS = ("health", "ready", "drain", "metrics", "requests")
 SERVING, DRAINING, DRAINED = "serving", "draining", "drained"
-REMEMBERED = 1024               # ids that have ended or were given up, so that a retried or late end is known as one
+REMEMBERED = 10000              # ids that have ended or were given up, so that a retried or late end is known as one
 QUEUED_LINES = 10000            # of the log, while nobody reads it
 REPORT_SECONDS = 5              # how often a drain that waits says so in the log
 
