@@ -387,7 +387,7 @@ def by_topic(**partition):
 
 
 # name: (key, version, request, answer). A dict is a structure, a list an array of what is in it. Each version is the
-# newest of Kafka 0.11 (for SASL: of 1.0), and Kafka 4 still takes it (KIP-896). An answer with an `error` is raised; a
+# newest of Kafka 0.11 (for SASL: of 1.0), and Kafka 4 still takes it (KIP-896). An `error` in an answer is raised; a
 # `code` is an error that the caller looks at. https://kafka.apache.org/protocol
 APIS = {
     "Produce": (0, 3, dict(transactional_id=STRING, acks=INT16, timeout_ms=INT32,
@@ -424,24 +424,23 @@ APIS = {
                   dict(throttle_ms=INT32, error=INT16, assignment=BYTES)),
     "SaslHandshake": (17, 1, dict(mechanism=STRING), dict(error=INT16, mechanisms=[STRING])),
     "ApiVersions": (18, 0, {}, dict(error=INT16, apis=[dict(key=INT16, lowest=INT16, highest=INT16)])),
-    "InitProducerId": (22, 0, dict(transactional_id=STRING, transaction_timeout_ms=INT32),
-                       dict(throttle_ms=INT32, code=INT16, producer_id=INT64, producer_epoch=INT16)),
+    "InitProducerId": (22, 0, dict(transactional_id=STRING, timeout_ms=INT32),
+                       dict(throttle_ms=INT32, code=INT16, producer_id=INT64, epoch=INT16)),
     "SaslAuthenticate": (36, 0, dict(data=BYTES), dict(error=INT16, message=STRING, data=BYTES)),
 }
 HEADER = dict(key=INT16, version=INT16, correlation_id=INT32, client_id=STRING)
 SUBSCRIPTION = dict(version=INT16, topics=[STRING], user_data=BYTES)           # what JoinGroup carries
 ASSIGNMENT = dict(version=INT16, topics=[dict(name=STRING, partitions=[INT32])], user_data=BYTES)   # and SyncGroup
 
-ERRORS = {  # the codes that are told apart here, and those that an operator is likely to see
-    1: "OFFSET_OUT_OF_RANGE", 2: "CORRUPT_MESSAGE", 3: "UNKNOWN_TOPIC_OR_PARTITION", 5: "LEADER_NOT_AVAILABLE",
-    6: "NOT_LEADER_OR_FOLLOWER", 7: "REQUEST_TIMED_OUT", 10: "MESSAGE_TOO_LARGE", 14: "COORDINATOR_LOAD_IN_PROGRESS",
-    15: "COORDINATOR_NOT_AVAILABLE", 16: "NOT_COORDINATOR", 17: "INVALID_TOPIC_EXCEPTION", 18: "RECORD_LIST_TOO_LARGE",
-    19: "NOT_ENOUGH_REPLICAS", 20: "NOT_ENOUGH_REPLICAS_AFTER_APPEND", 22: "ILLEGAL_GENERATION",
-    23: "INCONSISTENT_GROUP_PROTOCOL (no member of the group may do without the range assignor)", 24: "INVALID_GROUP_ID",
-    25: "UNKNOWN_MEMBER_ID", 26: "INVALID_SESSION_TIMEOUT", 27: "REBALANCE_IN_PROGRESS",
+ERRORS = {
+    2: "CORRUPT_MESSAGE", 3: "UNKNOWN_TOPIC_OR_PARTITION", 5: "LEADER_NOT_AVAILABLE", 6: "NOT_LEADER_OR_FOLLOWER",
+    7: "REQUEST_TIMED_OUT", 10: "MESSAGE_TOO_LARGE", 14: "COORDINATOR_LOAD_IN_PROGRESS", 16: "NOT_COORDINATOR",
+    15: "COORDINATOR_NOT_AVAILABLE", 17: "INVALID_TOPIC_EXCEPTION", 19: "NOT_ENOUGH_REPLICAS", 22: "ILLEGAL_GENERATION",
+    23: "INCONSISTENT_GROUP_PROTOCOL (the others do without the range assignor)", 24: "INVALID_GROUP_ID",
+    25: "UNKNOWN_MEMBER_ID", 26: "INVALID_SESSION_TIMEOUT", 27: "REBALANCE_IN_PROGRESS", 35: "UNSUPPORTED_VERSION",
     29: "TOPIC_AUTHORIZATION_FAILED", 30: "GROUP_AUTHORIZATION_FAILED", 31: "CLUSTER_AUTHORIZATION_FAILED",
     33: "UNSUPPORTED_SASL_MECHANISM", 34: "ILLEGAL_SASL_STATE (is KAFKA_SECURITY_PROTOCOL right?)",
-    35: "UNSUPPORTED_VERSION", 58: "SASL_AUTHENTICATION_FAILED (KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD)"}
+    58: "SASL_AUTHENTICATION_FAILED (KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD)"}
 REFUSALS = (17, 23, 24, 26, 29, 30, 31, 33, 34, 35, 58)     # trying again mends none of these
 BAD_RECORD = (10, 18, 87)                                   # nor these, which are about one record
 NOT_A_MEMBER = (22, 25, 27)                                 # this generation of the group is over
@@ -456,7 +455,7 @@ LARGEST_BYTES = 1 << 27         # an answer or an unpacked batch over this is ta
 ANSWER_SECONDS = 15             # a broker's time to answer; it gives its replicas 10 s of that
 CONNECT_SECONDS = 1.5           # SIGTERM cannot break this off, so it is short; it is tried again
 METADATA_SECONDS = 30           # how soon new partitions are found
-FIRST_TRIES = 6                 # some 5 s: what no broker has answered by then is taken for a wrong setting
+FIRST_TRIES = 6                 # some 5 s: what fails as often before any broker has answered is a wrong setting
 
 
 class KafkaError(Exception):
@@ -467,14 +466,10 @@ class KafkaError(Exception):
         self.code = code
 
 
-class Stopped(Exception):
-    """Raised out of a wait: the bot is to stop, and no update is in hand."""
-
-
 def check(code, about):
     """Raise for an error code: ConfigError where trying again is of no use, else KafkaError. 0 is none."""
     if code in REFUSALS:
-        raise ConfigError("Kafka refuses %s: %s" % (about, ERRORS[code]), status=1)
+        raise ConfigError("Kafka refuses %s: %s" % (about, ERRORS[code]), 1)
     if code:
         raise KafkaError(code, about)
 
@@ -520,18 +515,16 @@ class Decoder:
         if schema == STRING:
             data = self.take(self.value(INT16))
             return None if data is None else data.decode("utf-8", "replace")
-        data = self.take(struct.calcsize(">" + schema))
-        return struct.unpack(">" + schema, data)[0]
+        return struct.unpack(">" + schema, self.take(struct.calcsize(">" + schema)))[0]
 
     def varint(self):
         """Return a signed number in the zigzag form of Protocol Buffers, which records use."""
-        number = shift = 0
-        while shift < 70:
+        number = 0
+        for shift in range(0, 70, 7):
             byte = self.take(1)[0]
             number |= (byte & 127) << shift
             if byte < 128:
                 return number >> 1 ^ -(number & 1)
-            shift += 7
         raise KafkaError(2, "a number of more than ten bytes")
 
 
@@ -585,25 +578,25 @@ def decode_batches(data, aborted, topic):
         base, size, _, magic, crc, attributes, last, _, _, producer, _, _, count = BATCH.unpack_from(data, start)
         end = start + 12 + size
         if magic in (0, 1):
-            raise ConfigError("topic %s has messages from before Kafka 0.11: set its message.format.version to 2.0 or "
-                              "newer, and write them again" % topic, status=1)
+            raise ConfigError("topic %s has messages in the format before Kafka 0.11: set message.format.version to "
+                              "2.0, and write them again" % topic, 1)
         if magic != 2 or size < BATCH.size - 12 or last < 0:
-            raise KafkaError(2, "the head of the batch at offset %d" % base)
+            raise KafkaError(2, "topic %s: the head of the batch at offset %d" % (topic, base))
         if end > len(data):
             break
         if crc32c(data[start + 21:end]) != crc:
-            raise KafkaError(2, "the checksum of the batch at offset %d" % base)
+            raise KafkaError(2, "topic %s: the checksum of the batch at offset %d" % (topic, base))
         while aborted and aborted[0]["first_offset"] <= base + last:
             aborting.add(aborted.pop(0)["producer_id"])
         records = decode_records(decompress(data[start + BATCH.size:end], attributes & 7, topic), count, base)
         if attributes & 32:         # a control batch: the key of its record says how the transaction has ended
-            if [key for _, key, _ in records if key and key[2:4] == b"\0\0"]:
+            if any(key and key[2:4] == b"\0\0" for _, key, _ in records):
                 aborting.discard(producer)
             records = []
         yield base + last + 1, [] if attributes & 16 and producer in aborting else records
         start = end
     if data and not start:          # brokers send one batch whole, however large
-        raise KafkaError(2, "a batch that is cut short")
+        raise KafkaError(2, "topic %s: a batch that is cut short" % topic)
 
 
 def decode_records(data, count, base):
@@ -622,24 +615,22 @@ def decode_records(data, count, base):
 
 
 def decompress(data, codec, topic):
-    """Return the records of a batch, unpacked. ConfigError for a codec that is not here."""
+    """Return the records of a batch, unpacked. ConfigError for a codec that this Python does not have."""
     try:
         if not codec:
             return data
-        if codec == 1:
-            unpacker = zlib.decompressobj(31)
-        elif codec == 4:
-            unpacker = importlib.import_module("compression.zstd").ZstdDecompressor()       # from Python 3.14 on
-        else:
+        if codec not in (1, 4):
             raise ImportError
+        zstd = importlib.import_module("compression.zstd") if codec == 4 else None      # from Python 3.14 on
+        unpacker = zstd.ZstdDecompressor() if zstd else zlib.decompressobj(31)
         data = unpacker.decompress(data, LARGEST_BYTES)
     except ImportError:
         raise ConfigError("topic %s has messages compressed with %s, which this Python cannot read: set the topic's "
-                          "compression.type to gzip" % (topic, CODECS.get(codec, "codec %d" % codec)), status=1)
+                          "compression.type to gzip" % (topic, CODECS.get(codec, "codec %d" % codec)), 1)
     except Exception as error:      # zlib.error, ZstdError: each library has its own
-        raise KafkaError(2, "a compressed batch (%s)" % error)
+        raise KafkaError(2, "topic %s: a compressed batch (%s)" % (topic, error))
     if not unpacker.eof:
-        raise KafkaError(2, "a compressed batch that is cut short or huge")
+        raise KafkaError(2, "topic %s: a compressed batch that is cut short or huge" % topic)
     return data
 
 
@@ -658,43 +649,44 @@ def murmur2(key):
 
 # ---- Kafka: connections ----------------------------------------------------------------------------------------------
 
-def kafka_settings(env):
-    """Return the variables of `env` that are about Kafka, checked, as attributes. ConfigError names the bad one."""
+def kafka_settings(environ):
+    """Return the variables about Kafka, checked, as attributes. ConfigError names the one that is wrong."""
     for name in ("KAFKA_BROKERS", "KAFKA_INCOMING_TOPIC", "KAFKA_OUTGOING_TOPIC", "KAFKA_CONSUMER_GROUP", "BOT_TOKEN"):
-        if not env.get(name):
+        if not environ.get(name):
             raise ConfigError("%s is not set" % name)
-    brokers = [re.match(r"\s*\[?([^\s\[\]]+?)\]?:(\d{1,5})\s*$", part) for part in env["KAFKA_BROKERS"].split(",")]
+    brokers = [re.match(r"\s*\[?([^\s\[\]]+?)\]?:(\d{1,5})\s*$", part) for part in environ["KAFKA_BROKERS"].split(",")]
     if not all(match and 0 < int(match.group(2)) < 65536 for match in brokers):
-        raise ConfigError("KAFKA_BROKERS is not a list of host:port: %r" % env["KAFKA_BROKERS"])
-    protocol = env.get("KAFKA_SECURITY_PROTOCOL") or "PLAINTEXT"
-    if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
-        raise ConfigError("KAFKA_SECURITY_PROTOCOL is none of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL: %r" % protocol)
-    mechanism = protocol.startswith("SASL") and (env.get("KAFKA_SASL_MECHANISM") or "PLAIN")
-    if mechanism not in (False, "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
-        raise ConfigError("KAFKA_SASL_MECHANISM is none of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512: %r" % mechanism)
-    if mechanism and not (env.get("KAFKA_SASL_USERNAME") and env.get("KAFKA_SASL_PASSWORD")):
+        raise ConfigError("KAFKA_BROKERS=%r: expected HOST:PORT, or several with commas" % environ["KAFKA_BROKERS"])
+    for name, choices in (("KAFKA_SECURITY_PROTOCOL", ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")),
+                          ("KAFKA_SASL_MECHANISM", ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"))):
+        if (environ.get(name) or choices[0]) not in choices:
+            raise ConfigError("%s=%r: expected one of %s" % (name, environ[name], ", ".join(choices)))
+    protocol = environ.get("KAFKA_SECURITY_PROTOCOL") or "PLAINTEXT"
+    mechanism = (environ.get("KAFKA_SASL_MECHANISM") or "PLAIN") if protocol.startswith("SASL") else None
+    if mechanism and not (environ.get("KAFKA_SASL_USERNAME") and environ.get("KAFKA_SASL_PASSWORD")):
         raise ConfigError("%s needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD" % protocol)
     try:
-        tls = protocol.endswith("SSL") and ssl.create_default_context(cafile=env.get("KAFKA_SSL_CAFILE") or None)
+        tls = protocol.endswith("SSL") and ssl.create_default_context(cafile=environ.get("KAFKA_SSL_CAFILE") or None)
     except OSError as error:
-        raise ConfigError("KAFKA_SSL_CAFILE: %s" % error)
+        raise ConfigError("KAFKA_SSL_CAFILE=%r: %s" % (environ.get("KAFKA_SSL_CAFILE"), error))
     return types.SimpleNamespace(
         brokers=[(match.group(1), int(match.group(2))) for match in brokers], tls=tls, mechanism=mechanism,
-        username=env.get("KAFKA_SASL_USERNAME"), password=env.get("KAFKA_SASL_PASSWORD"),
-        incoming=env["KAFKA_INCOMING_TOPIC"], outgoing=env["KAFKA_OUTGOING_TOPIC"], group=env["KAFKA_CONSUMER_GROUP"],
-        dead_letters=env.get("KAFKA_DEAD_LETTER_TOPIC"), bot_id=env.get("BOT_ID"), token=env["BOT_TOKEN"])
+        username=environ.get("KAFKA_SASL_USERNAME"), password=environ.get("KAFKA_SASL_PASSWORD"),
+        incoming=environ["KAFKA_INCOMING_TOPIC"], outgoing=environ["KAFKA_OUTGOING_TOPIC"],
+        dead_letters=environ.get("KAFKA_DEAD_LETTER_TOPIC"), group=environ["KAFKA_CONSUMER_GROUP"],
+        bot_id=environ.get("BOT_ID"), token=environ["BOT_TOKEN"])
 
 
 class Connection:
     """A connection to one broker, logged in; one request at a time. To be closed after whatever it raises.
 
     It raises OSError (the network), KafkaError (the answer), ConfigError (a refusal, a certificate, a broker too old),
-    and Stopped when give_up() is true, which it asks several times a second.
+    and Interrupted when give_up() is true, which it asks several times a second.
     """
 
     def __init__(self, address, settings, give_up):
         self.name, self.settings, self.give_up = "%s:%d" % address, settings, give_up
-        self.asking, self.count, self.asked_at, self.asked_for = ("TLS", {}), 0, 0.0, []
+        self.asking, self.count = ("TLS", {}), 0
         try:
             self.socket = socket.create_connection(address, CONNECT_SECONDS)
         except OSError as error:
@@ -709,7 +701,7 @@ class Connection:
         except BaseException as error:
             self.socket.close()
             if isinstance(error, ssl.SSLCertVerificationError):
-                raise ConfigError("%s: %s" % (self.name, error), status=1)
+                raise ConfigError("%s: %s" % (self.name, error), 1)
             raise
 
     def _wait(self, operation, seconds):
@@ -722,7 +714,7 @@ class Connection:
             except socket.timeout:
                 if time.monotonic() > deadline:
                     raise socket.timeout("%s has not answered %s for %d s" % (self.name, self.asking[0], seconds))
-        raise Stopped()
+        raise Interrupted
 
     def _log_in(self):
         apis = {api["key"]: range(api["lowest"], api["highest"] + 1) for api in self.call("ApiVersions", {})["apis"]}
@@ -730,7 +722,7 @@ class Connection:
         for name, (key, version, _, _) in APIS.items():
             if version not in apis.get(key, ()) and (mechanism or not name.startswith("Sasl")):
                 raise ConfigError("%s is not a Kafka from 0.11 on (with SASL: 1.0): it does not take %s version %d"
-                                  % (self.name, name, version), status=1)
+                                  % (self.name, name, version), 1)
         if mechanism:
             self.call("SaslHandshake", dict(mechanism=mechanism))
         if mechanism == "PLAIN":            # RFC 4616
@@ -745,30 +737,32 @@ class Connection:
 
         nonce = base64.b64encode(os.urandom(24)).decode()
         opening = "n=%s,r=%s" % (username.replace("=", "=3D").replace(",", "=2C"), nonce)
-        challenge = (self.call("SaslAuthenticate", dict(data=("n,," + opening).encode()))["data"] or b"").decode("latin-1")
-        fields = re.match(r"r=([^,]+),s=([^,]+),i=(\d{4,7})$", challenge)
-        if not fields or not fields.group(1).startswith(nonce) or not 4096 <= int(fields.group(3)) < 1 << 20:
+        challenge = self.call("SaslAuthenticate", dict(data=("n,," + opening).encode()))["data"] or b""
+        fields = re.match(rb"r=([^,]+),s=([^,]+),i=(\d{4,6})$", challenge)
+        if not fields or not fields.group(1).startswith(nonce.encode()) or int(fields.group(3)) < 4096:
             raise KafkaError(2, "the SCRAM challenge of " + self.name)
-        salted = hashlib.pbkdf2_hmac(algorithm, password.encode(), base64.b64decode(fields.group(2)), int(fields.group(3)))
-        closing, client_key = "c=biws,r=" + fields.group(1), mac(salted, b"Client Key")
-        signed = ",".join((opening, challenge, closing)).encode()
+        salt, rounds = base64.b64decode(fields.group(2) + b"==="), int(fields.group(3))
+        salted = hashlib.pbkdf2_hmac(algorithm, password.encode(), salt, rounds)
+        closing, client_key = b"c=biws,r=" + fields.group(1), mac(salted, b"Client Key")
+        signed = b",".join((opening.encode(), challenge, closing))
         signature = mac(hashlib.new(algorithm, client_key).digest(), signed)
-        proof = base64.b64encode(bytes(a ^ b for a, b in zip(client_key, signature))).decode()
-        answer = self.call("SaslAuthenticate", dict(data=(closing + ",p=" + proof).encode()))
+        proof = base64.b64encode(bytes(a ^ b for a, b in zip(client_key, signature)))
+        answer = self.call("SaslAuthenticate", dict(data=closing + b",p=" + proof))
         if answer["data"] != b"v=" + base64.b64encode(mac(mac(salted, b"Server Key"), signed)):
-            raise ConfigError("%s does not know the password of %s itself" % (self.name, username), status=1)
+            raise ConfigError("%s does not know the password of %s itself" % (self.name, username), 1)
 
-    def send(self, api, request):
-        """Send a request; the next call has to be `receive`."""
+    def call(self, api, request, seconds=ANSWER_SECONDS):
+        """Send a request and return its answer. Raises the first `error` that is in it."""
         key, version, schema, _ = APIS[api]
-        self.asking, self.count, self.asked_at = (api, request), self.count + 1, time.monotonic()
+        self.asking, self.count = (api, request), self.count + 1
         frame = encode(HEADER, dict(key=key, version=version, correlation_id=self.count, client_id="echo-bot"))
         frame += encode(schema, request)
         self.socket.settimeout(ANSWER_SECONDS)
         self.socket.sendall(struct.pack(">i", len(frame)) + frame)
+        return self.receive(seconds)
 
-    def receive(self, seconds=ANSWER_SECONDS):
-        """Return the answer to the request that was sent last. Raises the first `error` that is in it."""
+    def receive(self, seconds):
+        """Return the answer to the request that was sent last; `call` does so, unless it was Interrupted."""
         api, request = self.asking
         size, correlation_id = struct.unpack(">ii", self._read(8, seconds))
         if correlation_id != self.count or not 4 <= size <= LARGEST_BYTES:
@@ -787,33 +781,28 @@ class Connection:
         while len(data) < size:
             part = self._wait(lambda: self.socket.recv(min(size - len(data), 1 << 20)), seconds)
             if not part:
-                raise ConnectionResetError("%s closed the connection instead of answering %s" % (self.name, self.asking[0]))
+                raise ConnectionResetError("%s hung up without answering %s" % (self.name, self.asking[0]))
             data += part
         return bytes(data)
-
-    def call(self, api, request, seconds=ANSWER_SECONDS):
-        """Send a request and return the answer."""
-        self.send(api, request)
-        return self.receive(seconds)
 
 
 class Cluster:
     """The connections of one thread, and what it has been told about the brokers. Raises what Connection does."""
 
     def __init__(self, settings, give_up):
-        self.settings, self.give_up = settings, give_up
-        self.connections, self.leaders, self.coordinator_at, self.known = {}, {}, None, set(settings.brokers)
+        self.settings, self.give_up, self.known, self.reached = settings, give_up, set(settings.brokers), False
+        self.connections, self.leaders, self.coordinator_at = {}, {}, None
 
-    def connection(self, address, use=""):
-        """Return the connection to a broker for one use: a fetch that waits must hold nothing else up."""
-        if (address, use) not in self.connections:
-            self.connections[address, use] = Connection(address, self.settings, self.give_up)
-        return self.connections[address, use]
+    def connection(self, address):
+        """Return the connection to a broker, a new one where there is none."""
+        if address not in self.connections:
+            self.connections[address] = Connection(address, self.settings, self.give_up)
+        return self.connections[address]
 
     def any(self):
         """Return a connection to one of the brokers, whichever takes it, an open one first."""
         failure = None
-        for address in sorted(self.known, key=lambda address: ((address, "") not in self.connections, random.random())):
+        for address in sorted(self.known, key=lambda address: (address not in self.connections, random.random())):
             try:
                 return self.connection(address)
             except OSError as error:
@@ -821,7 +810,7 @@ class Cluster:
         raise failure
 
     def find(self, topic, create=False):
-        """Ask for the leaders of a topic's partitions; return {partition: (host, port) or None}, {} for no such topic."""
+        """Return {partition: (host, port) of its leader, or None}, asked for anew; {} where there is no such topic."""
         answer = self.any().call("Metadata", dict(topics=[topic], create=create))
         brokers = {broker["node"]: (broker["host"], broker["port"]) for broker in answer["brokers"]}
         self.known = set(brokers.values()) | set(self.settings.brokers)
@@ -834,8 +823,8 @@ class Cluster:
         """Return the connection to the broker that keeps the group."""
         if not self.coordinator_at:
             answer = self.any().call("FindCoordinator", dict(key=self.settings.group, key_type=0))
-            self.coordinator_at = answer["host"], answer["port"]
-        return self.connection(self.coordinator_at, "group")
+            self.coordinator_at, self.reached = (answer["host"], answer["port"]), True
+        return self.connection(self.coordinator_at)
 
     def forget(self):
         """Close every connection, and take nothing for granted that was true before."""
@@ -845,11 +834,6 @@ class Cluster:
 
 
 # ---- Kafka: the consumer group ---------------------------------------------------------------------------------------
-
-def on(topic, **partition):
-    """Return the `topics` of a request about one partition."""
-    return [dict(name=topic, partitions=[partition])]
-
 
 def assign_ranges(members, counts):
     """Share partitions out as the Java client's range assignor does: {member: {topic: [partition, ...]}}.
@@ -887,10 +871,13 @@ class Partition:
 class Member:
     """Our part in one generation of the consumer group: from JoinGroup until `over`, of which a heartbeat learns."""
 
-    def __init__(self, settings, cluster, member_id):
-        self.settings, self.cluster, self.id, self.generation = settings, cluster, member_id, -1
-        self.partitions, self.count = [], None      # count: of the topic's partitions, known to the group's leader
+    def __init__(self, settings, cluster, last):
+        """last: what we were in the generation before, or None."""
+        self.settings, self.cluster, self.id, self.generation = settings, cluster, last.id if last else "", -1
+        self.partitions, self.count = [], None      # count: of the topic's partitions; only the group's leader knows
         self.joining, self.over, self.ended = None, True, threading.Event()
+        if last:
+            last.ended.set()
 
     def fields(self, **more):
         """Return `more` and the fields by which the group knows us."""
@@ -913,7 +900,7 @@ class Member:
         self.partitions = [Partition(part["index"], part["offset"] if part["offset"] >= 0 else None)
                            for entry in answer["topics"] for part in entry["partitions"]]
         self.over = False
-        threading.Thread(target=self._heartbeats, daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
         log.info("group %s, generation %d: partitions %s of %s", self.settings.group, self.generation,
                  ", ".join(map(str, indexes)) or "none", topic)
 
@@ -927,36 +914,37 @@ class Member:
             dict(name=topic, partitions=share) for topic, share in shares.items()])))
             for member, shares in assign_ranges(topics, counts).items()]
 
-    def _heartbeats(self):
-        cluster, failed = Cluster(self.settings, self.ended.is_set), False
+    def _beat(self):
+        """Send heartbeats, on a thread and connections of its own, until the generation has `ended` for us."""
+        cluster, trouble = Cluster(self.settings, self.ended.is_set), False
         while not self.ended.wait(HEARTBEAT_SECONDS):
             try:
                 cluster.coordinator().call("Heartbeat", self.fields(), SESSION_MS / 3000)
-                failed = False
-            except Stopped:
+                trouble = False
+            except Interrupted:
                 break
             except (OSError, KafkaError, ConfigError) as error:
                 if getattr(error, "code", 0) in NOT_A_MEMBER:
                     self.over = True    # and go on: the group waits for a member only while its heart beats
                     continue
-                if not failed:
+                if not trouble:
                     log.warning("no heartbeat: %s", error)
-                failed = True
+                trouble = True
                 cluster.forget()
         cluster.forget()
 
     def commit(self, partition, offset):
-        """Commit an offset; return False where the group has given the partition to another by now."""
+        """Commit an offset; return False where the group may have given the partition to another by now."""
         try:
-            self.cluster.coordinator().call("OffsetCommit", self.fields(retention_ms=-1, topics=on(
-                self.settings.incoming, index=partition.index, offset=offset, metadata=None)))
-            partition.committed = offset
-            return True
+            self.cluster.coordinator().call("OffsetCommit", self.fields(retention_ms=-1, topics=[dict(
+                name=self.settings.incoming, partitions=[dict(index=partition.index, offset=offset, metadata=None)])]))
         except KafkaError as error:
             if error.code not in NOT_A_MEMBER:
                 raise
             self.over = True
             return False
+        partition.committed = offset
+        return True
 
     def leave(self):
         """Tell the group that we go, so that our partitions move now and not after SESSION_MS. Raises nothing."""
@@ -966,12 +954,12 @@ class Member:
         try:
             if self.joining and not self.id:    # the group has a place for us already: hear under which name
                 self.joining.give_up = cluster.give_up
-                self.id = self.joining.receive()["member_id"]
+                self.id = self.joining.receive(ANSWER_SECONDS)["member_id"]
             if self.id:
                 cluster.coordinator().call("LeaveGroup", self.fields())
                 log.info("left group %s", self.settings.group)
-        except (OSError, KafkaError, ConfigError, Stopped) as error:
-            log.warning("did not leave group %s: %s", self.settings.group, error)
+        except (OSError, KafkaError, ConfigError, Interrupted) as error:
+            log.warning("group %s was not left: %s", self.settings.group, error)
         cluster.forget()
 
 
@@ -980,48 +968,52 @@ class Member:
 class Kafka:
     """Updates from one topic, replies to another: at least once, and exactly once while bots end by SIGTERM only.
 
-    env: a mapping with the variables; stopping: `.requested` is true once a signal came. An update that was taken but not
-    acknowledged comes again after close(). Raises ConfigError, at any time; waits out every other failure.
+    An update that was taken but not acknowledged comes again after close(). An envelope whose bot_id is not BOT_ID is
+    passed over. Any method may raise ConfigError, where trying again is of no use; every other failure is waited out.
+    Interrupted: a signal came, and nothing was in hand.
     """
 
-    def __init__(self, env, stopping):
-        self.settings, self.in_hand = kafka_settings(env), False    # while an update is in hand, a signal waits
+    def __init__(self, environ, stopping):
+        self.settings, self.in_hand = kafka_settings(environ), False    # while an update is in hand, a signal waits
         self.cluster = Cluster(self.settings, lambda: stopping.requested and not self.in_hand)
-        self.member, self.producer, self.sequences = None, None, {}
-        self.failures, self.looked_at, self.answered = 0, 0.0, False
+        self.member, self.producer, self.sequences, self.failures, self.looked_at = None, None, {}, 0, 0.0
 
     def take(self):
-        """Return an object whose `update` is the next update; None when none came within half a second, or to stop."""
-        taken = None
-        try:
-            if self.cluster.give_up():
-                return None
-            if self.member and not self.member.over:
-                taken = self._next()
-            else:                       # this may take a while: the caller looks first whether it still wants an update
-                self._join()
-            self.failures, self.answered = 0, True
-        except Stopped:
+        """Return an object whose `update` is the next update, or None when none came within half a second."""
+        if self.cluster.give_up():
             return None
+        try:
+            if not self.member or self.member.over:
+                self.member = Member(self.settings, self.cluster, self.member)
+                self.member.join()
+                return None     # that may have taken a while: the caller looks first whether it still wants an update
+            taken = self._next()
+            self.failures = 0
         except (OSError, KafkaError) as error:
+            if getattr(error, "code", 0) == 25:     # UNKNOWN_MEMBER_ID: join as a new one
+                self.member = None
             self._back_off("reading " + self.settings.incoming, error)
+            return None
         if taken:
             self.in_hand = True
-            if not self._open(taken):
-                self.acknowledge(taken)
-                return None
-        return taken
+            if self._open(taken):
+                return taken
+            self.acknowledge(taken)
+        return None
 
     def reply(self, taken, call):
-        """Produce the answer to a taken update. call: (method, params), as reply_to returns it."""
+        """Produce the answer to a taken update. call: (method, parameters), as reply_to returns it."""
         method, params = call
-        message = taken.update.get("message") or (taken.update.get("callback_query") or {}).get("message") or {}
-        chat = params.get("chat_id", message.get("chat", {}).get("id"))
+        try:
+            key = str(params["chat_id"] if "chat_id" in params else
+                      taken.update["callback_query"]["message"]["chat"]["id"]).encode("utf-8", "replace")
+        except (KeyError, TypeError):       # a callback query of an inline message is from no chat
+            key = None
         value = json.dumps({"bot_token": self.settings.token, "method": method, "params": params}).encode()
-        code = self._produce(self.settings.outgoing, None if chat is None else str(chat).encode(), value)
+        code = self._produce(self.settings.outgoing, key, value)
         if code:
             raise ConfigError("topic %s does not take a reply (error %d): is its max.message.bytes too small?"
-                              % (self.settings.outgoing, code), status=1)
+                              % (self.settings.outgoing, code), 1)
 
     def acknowledge(self, taken):
         """Commit the offset after a taken update, unless the group has taken its partition away."""
@@ -1037,24 +1029,12 @@ class Kafka:
         self.member = None
         self.cluster.forget()
 
-    def _join(self):
-        last = self.member
-        if last:
-            last.ended.set()
-        self.member = Member(self.settings, self.cluster, last.id if last else "")
-        try:
-            self.member.join()
-        except KafkaError as error:
-            if error.code == 25:
-                self.member.id = ""
-            raise
-
     def _back_off(self, about, error):
-        """Log an error, let go of all that may have caused it, and wait; less when the bot is to stop."""
+        """Log an error, let go of all that may have caused it, and wait before the next try."""
         self.failures += 1
-        if not self.answered and self.failures >= FIRST_TRIES and not isinstance(
-                error, (ConnectionRefusedError, socket.timeout, KafkaError)):
-            raise ConfigError("KAFKA_BROKERS, or KAFKA_SECURITY_PROTOCOL, is wrong: %s" % error, status=1)
+        if not self.cluster.reached and self.failures >= FIRST_TRIES and isinstance(
+                error, (socket.gaierror, ssl.SSLError, ConnectionResetError, BrokenPipeError)):
+            raise ConfigError("KAFKA_BROKERS or KAFKA_SECURITY_PROTOCOL is wrong: %s" % error, 1)
         delay = min(3, 0.1 * 2 ** min(self.failures, 10)) * random.uniform(0.5, 1)
         log.warning("%s: %s; trying again in %.1f s", about, error, delay)
         self.cluster.forget()
@@ -1062,7 +1042,9 @@ class Kafka:
 
     def _pause(self, seconds):
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self.cluster.give_up():
+        while time.monotonic() < end:
+            if self.cluster.give_up():
+                raise Interrupted
             time.sleep(0.05)
 
     def _until_done(self, about, step):
@@ -1094,10 +1076,10 @@ class Kafka:
         return None
 
     def _fetch(self):
-        """Ask each leader for its partitions, unless it is being asked still; wait for the first to answer."""
+        """Fetch from each leader in turn: first what is there already, and when that is nothing, what comes."""
         topic, now, shares = self.settings.incoming, time.monotonic(), {}
-        leaders = self.cluster.leaders.get(topic, {})
-        if now - self.looked_at > (METADATA_SECONDS if leaders and all(leaders.values()) else 2) or not leaders:
+        leaders = self.cluster.leaders.get(topic)
+        if leaders is None or now - self.looked_at > (METADATA_SECONDS if leaders and all(leaders.values()) else 2):
             self.looked_at, leaders = now, self.cluster.find(topic)
             if not leaders:
                 log.warning("topic %s does not exist yet", topic)
@@ -1105,35 +1087,31 @@ class Kafka:
                 self.member.over = True
         for partition in self.member.partitions:
             if leaders.get(partition.index):
-                connection = self.cluster.connection(leaders[partition.index], "fetch")
-                if not connection.asked_for:
-                    if partition.position is None:
-                        answer = connection.call("ListOffsets", dict(
-                            replica_id=-1, isolation_level=1, topics=on(topic, index=partition.index, time_ms=-2)))
-                        partition.position = answer["topics"][0]["partitions"][0]["offset"]
-                    shares.setdefault(connection, []).append(partition)
-        for connection, partitions in shares.items():
-            connection.send("Fetch", dict(
-                replica_id=-1, max_wait_ms=FETCH_MS, min_bytes=1, max_bytes=PARTITION_BYTES * 16, isolation_level=1,
-                topics=[dict(name=topic, partitions=[
-                    dict(index=partition.index, offset=partition.position, log_start_offset=-1,
-                         max_bytes=PARTITION_BYTES) for partition in partitions])]))
-            connection.asked_for = partitions
-        asked = {connection.socket: connection for connection in self.cluster.connections.values() if connection.asked_for}
-        if not asked:
+                shares.setdefault(leaders[partition.index], []).append(partition)
+        if not shares:
             self._pause(FETCH_MS / 1000)
-            return
-        for ready in select.select(list(asked), [], [], FETCH_MS / 1000)[0]:
-            self._fetched(asked[ready])
-        if any(connection.asked_for and now - connection.asked_at > ANSWER_SECONDS for connection in asked.values()):
-            raise socket.timeout("no answer to Fetch")
+        for wait_ms in (0, FETCH_MS // max(1, len(shares))):
+            for address, partitions in shares.items():
+                if self._fetch_from(self.cluster.connection(address), partitions, wait_ms):
+                    return
 
-    def _fetched(self, connection):
-        topic, partitions = self.settings.incoming, {partition.index: partition for partition in connection.asked_for}
-        answer, code, connection.asked_for = connection.receive(), 0, []
-        for part in answer["topics"][0]["partitions"] if answer["topics"] else ():
-            partition = partitions[part["index"]]
-            if part["code"] == 1:
+    def _fetch_from(self, connection, partitions, wait_ms):
+        """Fetch partitions from their leader; return whether anything came."""
+        topic, code, by_index = self.settings.incoming, 0, {partition.index: partition for partition in partitions}
+        for partition in partitions:
+            if partition.position is None:
+                answer = connection.call("ListOffsets", dict(replica_id=-1, isolation_level=1, topics=[dict(
+                    name=topic, partitions=[dict(index=partition.index, time_ms=-2)])]))        # -2: the earliest
+                partition.position = answer["topics"][0]["partitions"][0]["offset"]
+        answer = connection.call("Fetch", dict(
+            replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16, isolation_level=1,
+            topics=[dict(name=topic, partitions=[
+                dict(index=partition.index, offset=partition.position, log_start_offset=-1, max_bytes=PARTITION_BYTES)
+                for partition in partitions])]))
+        fetched = [part for entry in answer["topics"] for part in entry["partitions"]]
+        for part in fetched:
+            partition = by_index[part["index"]]
+            if part["code"] == 1:       # OFFSET_OUT_OF_RANGE
                 log.warning("%s, partition %d: offset %d is not there any more: from the earliest on",
                             topic, partition.index, partition.position)
                 partition.position = partition.committed = None
@@ -1142,9 +1120,10 @@ class Kafka:
             else:
                 partition.batches = decode_batches(part["records"] or b"", part["aborted"], topic)
         check(code, "Fetch (%s)" % topic)
+        return any(part["records"] for part in fetched)
 
     def _open(self, taken):
-        """Put the record's update into `taken` and return true; for a record without one return false, having told so."""
+        """Put the record's update into `taken`, and return whether there is one for us; log it where there is none."""
         try:
             envelope = json.loads(taken.value)
             taken.update, bot_id = envelope["update"], envelope["bot_id"]
@@ -1162,28 +1141,29 @@ class Kafka:
         return True
 
     def _produce(self, topic, key, value):
-        """Append a record and wait for its replicas. Return an error code of BAD_RECORD, or 0."""
+        """Append a record and wait for its replicas. Return 0, or a code of BAD_RECORD: the topic does not take it."""
         chosen = []         # the partition stays the same when it is tried again: so the broker knows a repeat
 
         def append():
             leaders = self.cluster.leaders.get(topic) or self.cluster.find(topic, create=True)
             if leaders and not chosen:
-                chosen.append((random.randrange(1 << 31) if key is None else murmur2(key)) % len(leaders))
+                chosen.append((random.getrandbits(31) if key is None else murmur2(key)) % len(leaders))
             address = leaders and leaders.get(chosen[0])
             check(0 if address else 5, "topic " + topic)
             connection = self.cluster.connection(address)
             if not self.producer:
-                answer = connection.call("InitProducerId", dict(transactional_id=None, transaction_timeout_ms=60000))
-                check(answer["code"] if answer["code"] != 31 else 0, "a producer id")   # 31: a right before Kafka 2.8;
-                self.producer, self.sequences = (answer["producer_id"], answer["producer_epoch"]), {}   # without it, -1
+                answer = connection.call("InitProducerId", dict(transactional_id=None, timeout_ms=60000))
+                if answer["code"] != 31:    # before Kafka 2.8 this took a right of its own: without it, do without
+                    check(answer["code"], "a producer id")
+                self.producer, self.sequences = (answer["producer_id"], answer["epoch"]), {}
             sequence = self.sequences.get((topic, chosen[0]), 0) if self.producer[0] >= 0 else -1
-            batch = encode_batch(key, value, self.producer[0], self.producer[1], sequence)
-            answer = connection.call("Produce", dict(transactional_id=None, acks=-1, timeout_ms=10000,
-                                                     topics=on(topic, index=chosen[0], records=batch)))
+            records = encode_batch(key, value, self.producer[0], self.producer[1], sequence)
+            answer = connection.call("Produce", dict(transactional_id=None, acks=-1, timeout_ms=10000, topics=[dict(
+                name=topic, partitions=[dict(index=chosen[0], records=records)])]))
             code = answer["topics"][0]["partitions"][0]["code"]
             if code in NOT_THE_PRODUCER:
                 self.producer = None
-            elif code in BAD_RECORD:
+            if code in BAD_RECORD:
                 return code
             check(0 if code == 46 else code, "topic " + topic)      # 46: the broker has it already
             self.sequences[topic, chosen[0]] = (sequence + 1) & 0x7FFFFFFF

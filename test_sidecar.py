@@ -12,11 +12,13 @@ import http.server
 import importlib.util
 import json
 import os
+import random
 import re
 import select
 import shutil
 import signal
 import socket
+import socketserver
 import struct
 import subprocess
 import sys
@@ -24,7 +26,10 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.error
 import urllib.parse
+import urllib.request
+import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.path.join(HERE, ".ci", "cache")     # what .ci/run installs for the tests; git ignores it
@@ -2821,6 +2826,2021 @@ class TestPrometheusServer(Case):
             checked = subprocess.run(["promtool", "check", "metrics"], input=self.watched.prometheus().encode(),
                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
             self.assertEqual((checked.returncode, checked.stdout), (0, b""))
+
+
+# ---- from here on ----
+
+KAFKA_JARS = os.path.join(CACHE, "kafka")
+KAFKA_NAMES = ("KAFKA_", "BOT_", "TELEGRAM_", "SIDECAR_URL")        # what the tests' own environment may not bring in
+
+
+def installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def needs_kafka(thing):
+    """Decorate a test of a real Apache Kafka, to which the test speaks with confluent-kafka; .ci/run installs both."""
+    jars = os.path.isdir(KAFKA_JARS) and any(name.startswith("kafka_2") for name in os.listdir(KAFKA_JARS))
+    return needs("Apache Kafka (jars, a JDK, confluent-kafka)",
+                 jars and shutil.which("java") and installed("confluent_kafka"))(thing)
+
+
+def free_ports(count):
+    """Return ports for a broker, which must know them before it starts and find them free after a restart.
+
+    They are below those that the kernel hands out, to a client's connection say.
+    """
+    ports = set()
+    while len(ports) < count:
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", random.randrange(10000, 32768)))
+                ports.add(one.getsockname()[1])
+            except OSError:
+                pass
+    return list(ports)
+
+
+def kafka_class(name, *argv, java=(), **options):
+    """Start a class of Kafka's jars as a process."""
+    return Program("java", "-Xmx512m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", *java,
+                   "-cp", os.path.join(KAFKA_JARS, "*"), name, *argv, **options)
+
+
+def update_of(number, chat=1, text=None):
+    return {"update_id": number, "message": {"message_id": number, "date": 0, "chat": {"id": chat, "type": "private"},
+                                             "text": text or "m%d" % number}}
+
+
+def envelope(number, chat=1, bot_id="b1", text=None):
+    """Return the record with which the platform hands the bot an update."""
+    return json.dumps({"bot_id": bot_id, "update": update_of(number, chat, text)}).encode()
+
+
+class KafkaNode:
+    """A real Kafka, broker and controller in one. `voters` of several nodes: {number: port of its controller}."""
+
+    def __init__(self, number=1, voters=None, certificate=None, **settings):
+        self.folder, self.number, self.program = tempfile.mkdtemp(), number, None
+        names = ["PLAINTEXT", "PROXIED"] + (["SSL", "SASL_PLAINTEXT", "SASL_SSL"] if certificate else [])
+        ports = free_ports(len(names) + 1)
+        self.voters = voters or {number: ports.pop()}
+        self.ports = dict(zip(names, ports))
+        self.proxy = Proxy(self.ports["PROXIED"])
+        listeners = ["%s://127.0.0.1:%d" % item for item in self.ports.items()]
+        advertised = ["%s://localhost:%d" % (name, self.proxy.port if name == "PROXIED" else port)
+                      for name, port in self.ports.items()]
+        protocols = ["%s:%s" % (name, "PLAINTEXT" if name == "PROXIED" else name) for name in names]
+        config = {
+            "process.roles": "broker,controller", "node.id": number, "log.dirs": os.path.join(self.folder, "data"),
+            "listeners": ",".join(listeners + ["CONTROLLER://127.0.0.1:%d" % self.voters[number]]),
+            "advertised.listeners": ",".join(advertised), "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": ",".join(protocols + ["CONTROLLER:PLAINTEXT"]),
+            "inter.broker.listener.name": "PLAINTEXT",
+            "controller.quorum.voters": ",".join("%d@127.0.0.1:%d" % voter for voter in self.voters.items()),
+            "offsets.topic.num.partitions": 3, "offsets.topic.replication.factor": len(self.voters),
+            "transaction.state.log.num.partitions": 1, "transaction.state.log.min.isr": 1,
+            "transaction.state.log.replication.factor": len(self.voters), "group.initial.rebalance.delay.ms": 300,
+            "group.coordinator.append.linger.ms": 0}     # its 5 ms a commit are the most of a run's time
+        if certificate:
+            config.update({
+                "ssl.keystore.type": "PEM", "ssl.keystore.location": certificate,
+                "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
+                "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+                "super.users": "User:ANONYMOUS", "allow.everyone.if.no.acl.found": "true"})
+            for name in ("sasl_plaintext", "sasl_ssl"):
+                for mechanism, module in (("plain", 'plain.PlainLoginModule required user_bot="PASSWORD-1"'),
+                                          ("scram-sha-256", "scram.ScramLoginModule required"),
+                                          ("scram-sha-512", "scram.ScramLoginModule required")):
+                    config["listener.name.%s.%s.sasl.jaas.config" % (name, mechanism)] = \
+                        "org.apache.kafka.common.security.%s;" % module
+        config.update(settings)
+        self.config = os.path.join(self.folder, "server.properties")
+        with open(self.config, "w") as file:
+            file.write("".join("%s=%s\n" % item for item in config.items()))
+        self.run("kafka.tools.StorageTool", "format", "--cluster-id", "c2lkZWNhcnRlc3RrYWZrYQ", "--config", self.config,
+                 "--add-scram", "SCRAM-SHA-256=[name=bot,password=PASSWORD-1]",
+                 "--add-scram", "SCRAM-SHA-512=[name=bot,password=PASSWORD-1]")
+        self.start()
+
+    @property
+    def address(self):
+        return "localhost:%d" % self.ports["PLAINTEXT"]
+
+    def run(self, name, *argv, **options):
+        """Run one of Kafka's tools to its end; return what it printed."""
+        tool = kafka_class(name, *argv, **options)
+        try:
+            if tool.wait():
+                raise AssertionError("%s:\n%s" % (name, tool.log))
+            return tool.log
+        finally:
+            tool.kill()
+
+    def start(self):
+        self.program = kafka_class("kafka.Kafka", self.config)
+
+    def stop(self, number=signal.SIGTERM):
+        self.program.signal(number)
+        self.program.wait()
+        self.program.kill()
+
+    def remove(self):
+        self.proxy.close()
+        self.program.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def wait_for_kafka(*nodes):
+    """Wait until all nodes of a cluster are up."""
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient
+    admin = AdminClient({"bootstrap.servers": ",".join(node.address for node in nodes), "log_level": 0})
+
+    def up():
+        for node in nodes:
+            if node.program.process.poll() is not None:
+                raise AssertionError("Kafka has ended:\n" + node.program.log)
+        try:
+            return len(admin.list_topics(timeout=2).brokers) == len(nodes)
+        except KafkaException:
+            return False
+    until(up, "Kafka is up")
+
+
+def report(case, sent, replies, seconds):
+    """Print a line of the table of runs, which is what people want to know of a bot that is said to lose nothing."""
+    answered = len(replies.texts)
+    print("\n%s: sent %d, answered %d, twice %d, lost %d, %.1f s" % (
+        case.id().rsplit(".", 1)[1], sent, answered, sum(replies.texts.values()) - answered, sent - answered, seconds),
+        file=sys.stderr)
+
+
+class Proxy:
+    """A TCP proxy before a broker. `spoil`, where set, gets each piece of an answer and returns what to pass on; where
+    that is shorter, the connection is cut after it."""
+
+    def __init__(self, target):
+        self.target, self.spoil, self.server = target, None, socket.socket()
+        self.server.bind(("127.0.0.1", 0))
+        self.server.listen(50)
+        self.port = self.server.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                client = self.server.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client):
+        with client, socket.socket() as broker:
+            try:
+                broker.connect(("127.0.0.1", self.target))
+            except OSError:
+                return
+            requests = threading.Thread(target=self._pass, args=(client, broker, False), daemon=True)
+            requests.start()
+            self._pass(broker, client, True)
+            requests.join()
+
+    def _pass(self, source, sink, answers):
+        try:
+            while True:
+                data = source.recv(1 << 16)
+                passed = self.spoil(data) if answers and data and self.spoil else data
+                sink.sendall(passed)
+                if not data or len(passed) < len(data):
+                    break
+        except OSError:
+            pass
+        for end in (source, sink):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self):
+        self.server.close()
+
+
+class KafkaCase(Case):
+    """A test with brokers: `self.brokers` is their address list. Topics and groups are new in each test."""
+
+    brokers = None
+
+    def setUp(self):
+        self.name = self.id().rsplit(".", 1)[1] + "-%08x" % random.getrandbits(32)
+        self.incoming, self.outgoing, self.group = self.name + "-in", self.name + "-out", self.name
+
+    def producer(self, **settings):
+        from confluent_kafka import Producer
+        return Producer(dict({"bootstrap.servers": self.brokers, "enable.idempotence": True, "log_level": 0},
+                             **settings))
+
+    def admin(self):
+        from confluent_kafka.admin import AdminClient
+        return AdminClient({"bootstrap.servers": self.brokers, "log_level": 0})
+
+    def consumer(self, group=None, **settings):
+        from confluent_kafka import Consumer
+        consumer = Consumer(dict({
+            "bootstrap.servers": self.brokers, "group.id": group or "reader-" + self.name, "log_level": 0,
+            "auto.offset.reset": "earliest", "enable.auto.commit": False}, **settings))
+        self.addCleanup(consumer.close)
+        return consumer
+
+    def topics(self, replicas=1, **partitions):
+        """Create topics: in=6 creates self.incoming with 6 partitions."""
+        from confluent_kafka.admin import NewTopic
+        names = {"incoming": self.incoming, "outgoing": self.outgoing}
+        admin = self.admin()        # its end would be the end of what it does
+        for future in admin.create_topics([
+                NewTopic(names.get(name, name), count, replicas) for name, count in partitions.items()]).values():
+            future.result()
+
+    def write(self, records, topic=None, **settings):
+        """Write records with librdkafka: dicts for Producer.produce."""
+        producer = self.producer(**settings)
+        for record in records:
+            while True:
+                try:
+                    producer.produce(topic or self.incoming, **record)
+                    break
+                except BufferError:
+                    producer.poll(0.1)
+            producer.poll(0)
+        self.assertEqual(producer.flush(PATIENCE), 0)
+
+    def updates(self, count, chats=50, first=0):
+        return [dict(key=str(number % chats), value=envelope(number, number % chats))
+                for number in range(first, first + count)]
+
+    def bot(self, **env):
+        clean = {name: None for name in os.environ if name.startswith(KAFKA_NAMES)}
+        settings = dict(clean, KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming, BOT_ID="b1",
+                        KAFKA_OUTGOING_TOPIC=self.outgoing, KAFKA_CONSUMER_GROUP=self.group, BOT_TOKEN="123:TEST-TOKEN")
+        settings.update(env)
+        return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=settings)
+
+    def source(self, **env):
+        """Return a Kafka source of echo_bot.py inside the test, and the object that stops it."""
+        import echo_bot
+
+        class Stopping:
+            requested = False
+
+            def sleep(self, seconds):
+                time.sleep(seconds)
+        settings = dict(KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming, BOT_TOKEN="123:TEST-TOKEN",
+                        KAFKA_OUTGOING_TOPIC=self.outgoing, KAFKA_CONSUMER_GROUP=self.group)
+        settings.update(env)
+        stopping = Stopping()
+        source = echo_bot.Kafka(settings, stopping)
+        self.addCleanup(source.close)
+        return source, stopping
+
+    def end(self, *bots):
+        """SIGTERM bots, which have to end with status 0 and to have kept the token to themselves."""
+        for bot in bots:
+            bot.signal(signal.SIGTERM)
+        for bot in bots:
+            self.assertEqual(bot.wait(), 0, bot.log)
+            self.assertNotIn("TEST-TOKEN", bot.log)
+            self.assertNotIn("Traceback", bot.log)
+
+    def lag(self, partitions, group=None):
+        """Return how far a group's committed offsets are behind the ends of the incoming topic, as KEDA sees it."""
+        from confluent_kafka import TopicPartition
+        consumer = self.consumer(group or self.group)
+        parts = [TopicPartition(self.incoming, index) for index in range(partitions)]
+        return sum(consumer.get_watermark_offsets(part, timeout=PATIENCE)[1] - max(part.offset, 0)
+                   for part in consumer.committed(parts, timeout=PATIENCE))
+
+
+class Replies:
+    """What is in a topic, read from its start by librdkafka as it comes: each record, and how often each text came."""
+
+    def __init__(self, case, topic=None):
+        from confluent_kafka import OFFSET_BEGINNING, TopicPartition
+        self.consumer, self.records, self.texts = case.consumer(), [], collections.Counter()
+        topic = topic or case.outgoing
+        indexes = until(lambda: self.consumer.list_topics(topic, timeout=PATIENCE).topics[topic].partitions, topic)
+        self.consumer.assign([TopicPartition(topic, index, OFFSET_BEGINNING) for index in indexes])
+        self.next_offsets = dict.fromkeys(indexes, 0)
+
+    def read(self, count, tick=lambda: None):
+        """Read until there are `count` different texts, with tick() now and then; PATIENCE is for each to come."""
+        last = time.monotonic()
+        while len(self.texts) < count:
+            if self.read_some():
+                last = time.monotonic()
+            tick()
+            if time.monotonic() - last > PATIENCE:
+                raise AssertionError("%d of %d replies" % (len(self.texts), count))
+        return self
+
+    def rest(self):
+        """Read what there is beyond, up to the ends of the partitions."""
+        ends = {part.partition: self.consumer.get_watermark_offsets(part, timeout=PATIENCE)[1]
+                for part in self.consumer.assignment()}
+        until(lambda: not self.read_some() and all(self.next_offsets[index] >= end for index, end in ends.items()),
+              "the end of the replies")
+        return self
+
+    def read_some(self):
+        """Read what has come; return how many records."""
+        records = [record for record in self.consumer.consume(500, timeout=0.2) if not record.error()]
+        for record in records:
+            self._take(record)
+        return len(records)
+
+    def _take(self, record):
+        self.records.append(record)
+        self.next_offsets[record.partition()] = record.offset() + 1
+        try:
+            self.texts[json.loads(record.value())["params"]["text"]] += 1
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self.texts[record.value()] += 1
+
+
+class TestKafkaPieces(unittest.TestCase):
+    """What needs no broker: the codec, the batches, the partitioner, the assignor, the settings."""
+
+    @classmethod
+    def setUpClass(cls):
+        import echo_bot
+        cls.bot = echo_bot
+
+    def test_checksum(self):
+        for data, crc in ((b"", 0), (b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43)):
+            self.assertEqual(self.bot.crc32c(data), crc)        # RFC 3720, B.4
+
+    def test_partitioner(self):
+        for key, number in ((b"21", -973932308), (b"foobar", -790332482), (b"a-little-bit-long-string", -985981536),
+                            (b"a-little-bit-longer-string", -1486304829), (b"abc", 479470107), (b"", 275646681),
+                            (b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971)):
+            self.assertEqual(self.bot.murmur2(key), number & 0x7FFFFFFF)
+
+    def test_assignor(self):
+        shares = self.bot.assign_ranges({"b": ["t"], "a": ["t"], "c": ["t", "u"], "d": ["v"]}, {"t": 7, "u": 2, "v": 0})
+        self.assertEqual(shares, {"a": {"t": [0, 1, 2]}, "b": {"t": [3, 4]}, "c": {"t": [5, 6], "u": [0, 1]},
+                                  "d": {"v": []}})
+        shares = self.bot.assign_ranges({"a": ["t"], "b": ["t"], "c": ["t"]}, {"t": 2})
+        self.assertEqual(shares, {"a": {"t": [0]}, "b": {"t": [1]}, "c": {"t": []}})
+
+    def value_of(self, schema, chance):
+        """Return a random value that a schema describes."""
+        if isinstance(schema, dict):
+            return {name: self.value_of(kind, chance) for name, kind in schema.items()}
+        if isinstance(schema, list):
+            return [self.value_of(schema[0], chance) for _ in range(chance.randrange(4))]
+        if schema in (self.bot.STRING, self.bot.BYTES):
+            text = "".join(chance.choice("ab\u00e9\U0001f600") for _ in range(chance.randrange(9)))
+            return chance.choice((None, text if schema == self.bot.STRING else text.encode()))
+        bits = 8 * struct.calcsize(">" + schema)
+        return bool(chance.getrandbits(1)) if schema == self.bot.BOOLEAN else chance.getrandbits(bits) - (1 << bits - 1)
+
+    def test_what_is_encoded_is_decoded(self):
+        chance = random.Random(1)
+        for name, (_, _, request, answer) in self.bot.APIS.items():
+            for schema in (request, answer):
+                for _ in range(20):
+                    value = self.value_of(schema, chance)
+                    decoder = self.bot.Decoder(self.bot.encode(schema, value))
+                    self.assertEqual(decoder.value(schema), value, name)
+                    self.assertEqual(decoder.position, len(decoder.data))
+        for number in (0, 1, -1, 63, 64, -64, -65, 1 << 31, (1 << 63) - 1, -(1 << 63)):
+            self.assertEqual(self.bot.Decoder(self.bot.varint(number)).varint(), number)
+
+    def test_random_bytes_are_an_error_each_time(self):
+        chance, outcomes = random.Random(2), collections.Counter()
+        for name, (_, _, _, answer) in self.bot.APIS.items():
+            for round_number in range(300):
+                data = bytearray(self.bot.encode(answer, self.value_of(answer, chance)))
+                if round_number % 2:
+                    data = bytearray(chance.getrandbits(8) for _ in range(chance.randrange(200)))
+                for _ in range(chance.randrange(1, 4)):
+                    if data:
+                        data[chance.randrange(len(data))] = chance.choice((0, 127, 128, 255))
+                try:
+                    self.bot.Decoder(bytes(data[:chance.randrange(len(data) + 1)])).value(answer)
+                    outcomes["value"] += 1
+                except self.bot.KafkaError:
+                    outcomes["error"] += 1
+        self.assertGreater(outcomes["error"], 1000)
+
+    def batch(self, records, base=0, attributes=0, producer=-1, data=None, count=None):
+        """Return a record batch of (key, value) records, each with a header; `data` takes their place."""
+        body = b"".join(self.bot.varint(len(record)) + record for record in (
+            b"\0\0" + self.bot.varint(delta) + b"".join(b"\x01" if part is None else self.bot.varint(len(part)) + part
+                                                     for part in record) + b"\x02\x02h\x01"
+            for delta, record in enumerate(records)))
+        body = body if data is None else data
+        checked = struct.pack(">hiqqqhii", attributes, len(records) - 1, 0, 0, producer, 0, 0,
+                              len(records) if count is None else count) + body
+        return struct.pack(">qiibI", base, len(checked) + 9, 0, 2, self.bot.crc32c(checked)) + checked
+
+    def read(self, data, aborted=()):
+        aborted = [dict(producer_id=producer, first_offset=offset) for producer, offset in aborted]
+        return list(self.bot.decode_batches(data, aborted, "t"))
+
+    def test_batches(self):
+        mine = self.bot.encode_batch(b"k", b"v", 7, 0, 1)
+        self.assertEqual(self.read(mine), [(1, [(0, b"k", b"v")])])
+        self.assertEqual(self.read(self.bot.encode_batch(None, None, -1, -1, -1)), [(1, [(0, None, None)])])
+        two = self.batch([(b"a", b"1"), (None, b""), (b"", None)], base=5)
+        records = [(5, b"a", b"1"), (6, None, b""), (7, b"", None)]
+        self.assertEqual(self.read(two), [(8, records)])
+        self.assertEqual(self.read(two + mine[:30]), [(8, records)], "the last may be cut short")
+        self.assertEqual(self.read(two + mine[:-1]), [(8, records)])
+
+    def test_transactions_in_batches(self):
+        abort, commit = (b"\0\0\0\0", b"\0\0"), (b"\0\0\0\1", b"\0\0")
+        log = b"".join((
+            self.batch([(None, b"a0")], 0, 16, producer=1), self.batch([(None, b"b0")], 1, 16, producer=2),
+            self.batch([(None, b"plain")], 2), self.batch([abort], 3, 48, producer=1),
+            self.batch([(None, b"a1")], 4, 16, producer=1), self.batch([commit], 5, 48, producer=2),
+            self.batch([commit], 6, 48, producer=1)))
+        found = [record[2] for _, records in self.read(log, [(1, 0)]) for record in records]
+        self.assertEqual(found, [b"b0", b"plain", b"a1"])
+        self.assertEqual(self.read(log, [(1, 0)])[-1], (7, []))
+
+    def test_corrupt_batches_are_errors(self):
+        good, chance = self.batch([(b"key", b"value")] * 3), random.Random(3)
+        for place in range(12, len(good)):
+            for bit in range(8):
+                data = bytearray(good)
+                data[place] ^= 1 << bit
+                if place >= 17:         # before the checksum lie the leader's epoch, which nobody reads, and the format
+                    self.assertRaises(self.bot.KafkaError, self.read, bytes(data))
+        gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
+        packed = gzip.compress(b"\0" * 100) + gzip.flush()
+        for data in (packed[:-3], b"no gzip", b"", packed):
+            self.assertRaises(self.bot.KafkaError, self.read, self.batch([(None, b"")], attributes=1, data=data))
+        for _ in range(2000):           # a right checksum over rubbish
+            data = bytearray(good[61:])
+            data[chance.randrange(len(data))] = chance.getrandbits(8)
+            try:
+                self.read(self.batch([(None, b"")] * 3, data=bytes(data), count=chance.choice((3, 4, 1 << 30))))
+            except self.bot.KafkaError:
+                pass
+            try:
+                self.read(bytes(chance.getrandbits(8) for _ in range(chance.randrange(300))))
+            except (self.bot.KafkaError, self.bot.ConfigError):
+                pass
+
+    def test_a_broker_must_know_the_password_too(self):
+        connection = self.bot.Connection.__new__(self.bot.Connection)
+        connection.name, answers = "broker:9092", []
+
+        def call(api, request):
+            nonce = request["data"].rpartition(b"r=")[2] if not answers else b""
+            answers.append(challenge % nonce if not answers else b"v=bm8=")
+            return {"data": answers[-1]}
+        connection.call = call
+        for challenge, error in ((b"r=%s-more,s=c2FsdA==,i=4096", self.bot.ConfigError), (b"%s", self.bot.KafkaError),
+                                 (b"r=x%s,s=c2FsdA==,i=4096", self.bot.KafkaError),
+                                 (b"r=%s-more,s=c2FsdA==,i=99999999", self.bot.KafkaError),
+                                 (b"r=%s-more,s=c2FsdA==,i=1", self.bot.KafkaError)):
+            self.assertRaises(error, connection._scram, "sha256", "user", "password")
+            answers.clear()
+
+    def test_settings(self):
+        good = dict(KAFKA_BROKERS="a:1, [::1]:2", KAFKA_INCOMING_TOPIC="i", KAFKA_OUTGOING_TOPIC="o",
+                    KAFKA_CONSUMER_GROUP="g", BOT_TOKEN="123:TEST-TOKEN")
+        self.assertEqual(self.bot.kafka_settings(good).brokers, [("a", 1), ("::1", 2)])
+        sasl = dict(KAFKA_SECURITY_PROTOCOL="SASL_SSL", KAFKA_SASL_USERNAME="u", KAFKA_SASL_PASSWORD="TEST-TOKEN")
+        self.bot.kafka_settings(dict(good, **sasl))
+        for name, env in [(name, {name: ""}) for name in good] + [
+                ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a"}), ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a:0"}),
+                ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a:1,"}), ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a:70000"}),
+                ("KAFKA_SECURITY_PROTOCOL", {"KAFKA_SECURITY_PROTOCOL": "TLS"}),
+                ("KAFKA_SASL_MECHANISM", dict(sasl, KAFKA_SASL_MECHANISM="GSSAPI")),
+                ("KAFKA_SASL_PASSWORD", dict(sasl, KAFKA_SASL_PASSWORD="")),
+                ("KAFKA_SSL_CAFILE", {"KAFKA_SECURITY_PROTOCOL": "SSL", "KAFKA_SSL_CAFILE": "/nowhere"})]:
+            with self.assertRaises(self.bot.ConfigError, msg=name) as caught:
+                self.bot.kafka_settings(dict(good, **env))
+            self.assertIn(name, str(caught.exception))
+            self.assertEqual(caught.exception.status, 2)
+            self.assertNotIn("TEST-TOKEN", str(caught.exception))
+
+
+class TestKafkaBot(Case):
+    """The bot as a process, where there is no broker, or what is there is none."""
+
+    def bot(self, port, **env):
+        clean = {name: None for name in os.environ if name.startswith(KAFKA_NAMES)}
+        settings = dict(clean, KAFKA_BROKERS="127.0.0.1:%d" % port, KAFKA_INCOMING_TOPIC="i", KAFKA_OUTGOING_TOPIC="o",
+                        KAFKA_CONSUMER_GROUP="g", BOT_TOKEN="123:TEST-TOKEN")
+        settings.update(env)
+        return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=settings)
+
+    def serve(self, answer):
+        """Answer each connection's first request with bytes, or let it wait when there are none; return the port."""
+        server = socket.socket()
+        server.bind(("127.0.0.1", 0))
+        server.listen(5)
+        self.addCleanup(server.close)
+        connections = []
+
+        def run():
+            while True:
+                try:
+                    connection = server.accept()[0]
+                except OSError:
+                    return
+                connections.append(connection)
+                connection.recv(1000)
+                connection.sendall(answer)
+        threading.Thread(target=run, daemon=True).start()
+        self.addCleanup(lambda: [connection.close() for connection in connections])
+        return server.getsockname()[1], connections
+
+    def test_a_wrong_variable_is_one_line_and_status_2(self):
+        bot = self.bot(1, KAFKA_CONSUMER_GROUP=None)
+        self.assertEqual(bot.wait(), 2)
+        self.assertIn("KAFKA_CONSUMER_GROUP is not set", bot.lines[-1])
+
+    def test_it_waits_for_brokers_that_are_away_and_heeds_sigterm(self):
+        bot = self.bot(free_ports(1)[0])
+        bot.wait_for("refused.*trying again")
+        bot.wait_for("refused.*trying again", after=len(bot.lines))
+        bot.signal(signal.SIGTERM)
+        self.assertEqual(bot.wait(), 0)
+
+    def test_it_heeds_sigterm_while_a_broker_is_silent(self):
+        port, connections = self.serve(b"")
+        bot = self.bot(port)
+        until(lambda: connections, "it connects")
+        bot.signal(signal.SIGTERM)
+        self.assertEqual(bot.wait(timeout=10), 0)       # not the 15 s that a broker has to answer
+
+    def test_a_broker_too_old_is_named(self):
+        bot = self.bot(self.serve(struct.pack(">iihihhhhhh", 22, 1, 0, 2, 0, 0, 2, 1, 0, 3))[0])
+        self.assertEqual(bot.wait(), 1)
+        self.assertRegex(bot.lines[-1], r"127.0.0.1:\d+ is not a Kafka from 0.11 on.*Produce version 3")
+
+    def test_rubbish_for_an_answer_is_an_error(self):
+        for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", struct.pack(">ii", 0x7FFFFFFF, 1),
+                       struct.pack(">iihi", 10, 1, 0, -9), struct.pack(">iihi", 10, 1, 0, 0x7FFFFFFF),
+                       struct.pack(">iih", 6, 1, 0)):
+            bot = self.bot(self.serve(answer)[0])
+            bot.wait_for("trying again")
+            bot.signal(signal.SIGTERM)
+            self.assertEqual(bot.wait(), 0, bot.log)
+            self.assertNotIn("Traceback", bot.log)
+
+
+@needs("confluent-kafka", installed("confluent_kafka"))
+class TestKafkaMock(KafkaCase):
+    """Against librdkafka's mock cluster: three brokers, so that leaders and the coordinator are on different ones."""
+
+    @classmethod
+    def setUpClass(cls):
+        from confluent_kafka import Producer
+        cls.cluster = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 3, "log_level": 0})
+        brokers = until(lambda: len(cls.cluster.list_topics(timeout=PATIENCE).brokers) == 3
+                             and cls.cluster.list_topics(timeout=PATIENCE).brokers, "the mock cluster")
+        cls.brokers = ",".join("%s:%d" % (broker.host, broker.port) for broker in brokers.values())
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.cluster = None
+
+    def test_each_update_is_answered_once_over_several_brokers(self):
+        self.write(self.updates(200))
+        bot = self.bot()
+        replies = Replies(self).read(200)
+        self.end(bot)
+        replies.rest()
+        self.assertEqual(replies.texts, collections.Counter({"Echo: m%d" % number: 1 for number in range(200)}))
+        reply = json.loads(replies.records[0].value())
+        self.assertEqual((reply["bot_token"], reply["method"]), ("123:TEST-TOKEN", "sendMessage"))
+        for record in replies.records:
+            self.assertEqual(record.key().decode(), str(json.loads(record.value())["params"]["chat_id"]))
+
+
+@needs_kafka
+class TestKafka(KafkaCase):
+    """Against a real Apache Kafka, one node in KRaft mode."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp()
+        cls.authority = os.path.join(cls.folder, "ca.pem")
+        certificate = cls.make_certificates() if shutil.which("openssl") else None
+        cls.node = KafkaNode(certificate=certificate)
+        cls.brokers = cls.node.address
+        try:
+            wait_for_kafka(cls.node)
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.node.remove()
+        shutil.rmtree(cls.folder, ignore_errors=True)
+
+    @classmethod
+    def make_certificates(cls):
+        """Make a CA, and a certificate of it for `localhost` alone; return its file, with the key in it."""
+        def openssl(*argv):
+            subprocess.run(["openssl"] + list(argv), cwd=cls.folder, check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+        for name in ("ca", "other"):
+            openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=Test " + name,
+                    "-keyout", name + ".key", "-out", name + ".pem")
+        with open(os.path.join(cls.folder, "names"), "w") as file:
+            file.write("subjectAltName=DNS:localhost\n")
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", "broker.key",
+                "-out", "broker.csr")
+        openssl("x509", "-req", "-in", "broker.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+                "-days", "2", "-extfile", "names", "-out", "broker.crt")
+        openssl("pkcs8", "-topk8", "-nocrypt", "-in", "broker.key", "-out", "broker.p8")
+        path = os.path.join(cls.folder, "broker.pem")
+        with open(path, "w") as file:
+            for name in ("broker.p8", "broker.crt"):
+                with open(os.path.join(cls.folder, name)) as part:
+                    file.write(part.read())
+        return path
+
+    # -- what is read, and what is written --
+
+    def test_messages_of_librdkafka_and_of_the_java_client_are_read(self):
+        self.topics(incoming=3, outgoing=3)
+        self.write([dict(key=None, value=envelope(0)), dict(key="k", value=envelope(1), headers={"a": b"1", "b": None}),
+                    dict(key=b"", value=envelope(2)), dict(key="null", value=None)])
+        self.write(self.updates(500, first=3), **{"compression.type": "gzip", "linger.ms": 50})
+        padded = json.loads(envelope(503).decode())
+        padded["update"]["padding"] = "x" * 300000      # far more than the share of a partition in a fetch
+        self.write([dict(value=json.dumps(padded))])
+        lines = ["source:java\tk%d\t%s" % (number, envelope(number).decode()) for number in range(504, 524)]
+        lines.append("h:\tNULL\t" + envelope(524).decode())
+        options = ["--bootstrap-server", self.brokers, "--topic", self.incoming, "--compression-codec", "gzip"]
+        for option in ("parse.key=true", "parse.headers=true", "null.marker=NULL"):
+            options += ["--property", option]
+        with tempfile.TemporaryFile() as file:
+            file.write("\n".join(lines).encode())
+            file.seek(0)
+            self.node.run("org.apache.kafka.tools.ConsoleProducer", *options, stdin=file)
+        bot = self.bot()
+        replies = Replies(self).read(525)
+        until(lambda: self.lag(3) == 0, "all is committed")
+        self.end(bot)
+        self.assertEqual(replies.rest().texts, collections.Counter("Echo: m%d" % number for number in range(525)))
+        self.assertEqual(bot.log.count("passed over"), 1, bot.log)      # the one without a value
+
+    def test_replies_are_read_by_java_and_lie_where_its_partitioner_puts_them(self):
+        self.topics(incoming=1, outgoing=7, **{self.name + "-java": 7})
+        chats = [random.randrange(-10 ** random.randint(1, 14), 10 ** random.randint(1, 14)) for _ in range(100)]
+        self.write([dict(value=envelope(number, chat)) for number, chat in enumerate(chats)])
+        bot = self.bot()
+        replies = Replies(self).read(100)
+        self.end(bot)
+        with tempfile.TemporaryFile() as file:
+            file.write("".join("%d\tx\n" % chat for chat in chats).encode())
+            file.seek(0)
+            self.node.run("org.apache.kafka.tools.ConsoleProducer", "--bootstrap-server", self.brokers, "--topic",
+                          self.name + "-java", "--property", "parse.key=true", stdin=file)
+        def java_reads(topic):
+            log = self.node.run("org.apache.kafka.tools.consumer.ConsoleConsumer", "--bootstrap-server", self.brokers,
+                                "--topic", topic, "--from-beginning", "--max-messages", "100", "--property",
+                                "print.key=true", "--property", "print.partition=true")
+            return sorted(match.groups() for match in re.finditer(r"^Partition:(\d+)\t(-?\d+)\t", log, re.M))
+        placed = java_reads(self.name + "-java")
+        self.assertEqual(len(placed), 100)
+        self.assertEqual(java_reads(self.outgoing), placed)
+        self.assertEqual(sorted((str(record.partition()), record.key().decode()) for record in replies.records), placed)
+
+    def test_aborted_transactions_are_passed_over_and_leave_no_lag(self):
+        self.topics(incoming=1, outgoing=1)
+        producer = self.producer(**{"transactional.id": self.name})
+        producer.init_transactions()
+        for first, commit in ((0, False), (10, True), (20, False), (30, True), (40, False)):
+            producer.begin_transaction()
+            for record in self.updates(10, first=first):
+                producer.produce(self.incoming, **record)
+            producer.flush(PATIENCE)
+            producer.commit_transaction() if commit else producer.abort_transaction()
+        bot = self.bot()
+        replies = Replies(self).read(20)
+        until(lambda: self.lag(1) == 0, "no lag is left for KEDA to see")
+        self.end(bot)
+        self.assertEqual(sorted(replies.rest().texts), sorted("Echo: m%d" % n for n in range(40) if n // 10 in (1, 3)))
+
+    def test_a_bad_record_blocks_nothing(self):
+        self.topics(incoming=1, outgoing=1, **{self.name + "-dead": 1})
+        bad = [b"no json", b"\xff\xfe", b"[]", b"{}", b'{"bot_id": "b1", "update": "text"}', b"[" * 100000, b"null",
+               None]
+        self.write([dict(key="k%d" % number, value=value) for number, value in enumerate(bad)] +
+                   [dict(value=envelope(1, bot_id="b2")), dict(value=envelope(2))])
+        bot = self.bot(KAFKA_DEAD_LETTER_TOPIC=self.name + "-dead")
+        self.assertEqual(Replies(self).read(1).texts, collections.Counter(["Echo: m2"]))
+        until(lambda: self.lag(1) == 0, "all is committed")
+        self.end(bot)
+        for offset in range(len(bad)):
+            self.assertRegex(bot.log, r"-in, partition 0, offset %d is no JSON" % offset)
+        self.assertIn("-in, partition 0, offset 8 is for another bot", bot.log)
+        dead = Replies(self, self.name + "-dead").rest().records
+        self.assertEqual([(record.key().decode(), record.value()) for record in dead],
+                         [("k%d" % number, value) for number, value in enumerate(bad)])
+
+    def test_an_unreadable_codec_is_named(self):
+        for codec in ("snappy", "lz4"):
+            self.setUp()
+            self.topics(incoming=1, outgoing=1)
+            self.write(self.updates(50), **{"compression.type": codec, "linger.ms": 50})
+            bot = self.bot()
+            self.assertEqual(bot.wait(), 1)
+            self.assertRegex(bot.log, "%s has messages compressed with %s.*compression.type" % (self.incoming, codec))
+
+    # -- the group --
+
+    def test_a_group_with_librdkafka_and_kafka_python(self):
+        self.topics(incoming=6, outgoing=6)
+        shares, seen, stop, threads = {}, collections.Counter(), threading.Event(), []
+
+        def librdkafka():
+            consumer = self.consumer(self.group, **{"session.timeout.ms": 10000, "enable.auto.commit": True,
+                                                    "partition.assignment.strategy": "range"})
+            consumer.subscribe([self.incoming])
+            while not stop.is_set():
+                record = consumer.poll(0.1)
+                shares["librdkafka"] = sorted(part.partition for part in consumer.assignment())
+                if record and not record.error():
+                    seen["librdkafka", record.value()] += 1
+
+        def kafka_python():
+            from kafka import KafkaConsumer
+            consumer = KafkaConsumer(self.incoming, bootstrap_servers=self.brokers, group_id=self.group,
+                                     auto_offset_reset="earliest", session_timeout_ms=10000)
+            while not stop.is_set():
+                for records in consumer.poll(100).values():
+                    seen.update(("kafka-python", record.value) for record in records)
+                shares["kafka-python"] = sorted(part.partition for part in consumer.assignment())
+            consumer.close()
+        bot = self.bot()
+        bot.wait_for("generation")
+        try:
+            for run in [librdkafka] + ([kafka_python] if installed("kafka") else []):
+                threads.append(threading.Thread(target=run))
+                threads[-1].start()
+
+            def shared_out():
+                match = re.findall(r"partitions ([\d, ]+) of", bot.log)
+                shares["bot"] = [int(index) for index in match[-1].split(", ")] if match else []
+                return (len(shares) == len(threads) + 1 and all(shares.values())
+                        and sorted(sum(shares.values(), [])) == list(range(6)))
+            until(shared_out, "each of the three has partitions: %r" % shares)
+            self.assertEqual({len(share) for share in shares.values()}, {6 // len(shares)})
+            generations = bot.log.count("generation")
+            replies = Replies(self)
+            for first in range(0, 600, 100):
+                self.write([dict(record, partition=number % 6)
+                            for number, record in enumerate(self.updates(100, first=first))])
+                until(lambda: replies.read_some() * 0 + len(seen) + len(replies.texts) >= first + 100,
+                      "each message reaches one of them")
+            self.assertEqual(bot.log.count("generation"), generations, "each keeps what it has")
+            self.assertEqual(set(seen.values()) | set(replies.texts.values()), {1})
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        self.end(bot)
+
+    def test_a_bot_leaves_its_group_at_once(self):
+        self.topics(incoming=2, outgoing=1)
+        bots = [self.bot(), self.bot()]
+        for bot in bots:
+            bot.wait_for(r"partitions \d of")
+        self.end(bots.pop(0))
+        admin = self.admin()
+        members = admin.describe_consumer_groups([self.group])[self.group].result().members
+        self.assertEqual(len(members), 1, "the group does not wait for the session to time out")
+        bots[0].wait_for("partitions 0, 1 of")
+        self.end(*bots)
+
+    def test_a_message_is_not_committed_when_its_partition_was_taken_away(self):
+        self.topics(incoming=1, outgoing=1)
+        self.write(self.updates(1))
+        first, second = self.source()[0], self.source()[0]
+        taken = until(first.take, "the update")
+        first.member.leave()                            # as if the group had given up on the bot
+        again = until(second.take, "the update, with the other")
+        self.assertEqual(again.update, taken.update)
+        first.reply(taken, ("sendMessage", {"chat_id": 1, "text": "late"}))
+        with self.assertLogs("echo_bot", "WARNING") as logs:
+            first.acknowledge(taken)
+        self.assertIn("went to another bot", logs.output[0])
+        self.assertEqual(self.lag(1), 1)
+        second.acknowledge(again)
+        self.assertEqual(self.lag(1), 0)
+
+    def test_an_update_in_hand_when_others_come_and_go_is_committed(self):
+        self.topics(incoming=2, outgoing=1)
+        self.write([dict(value=envelope(0), partition=0)])
+        first = self.source()[0]
+        taken = until(first.take, "the update")
+        bot = self.bot()                                # it must wait for us
+        until(lambda: first.member.over, "the heartbeat tells of the rebalance")
+        first.acknowledge(taken)
+        self.assertEqual(self.lag(2), 0)
+        self.assertNotIn("generation", bot.log)
+        first.take()
+        bot.wait_for(r"partitions \d of")
+        self.end(bot)
+        until(lambda: first.take() or len(first.member.partitions) == 2, "the partitions are back")
+
+    def test_after_close_it_joins_again_and_what_was_not_acknowledged_comes_again(self):
+        self.topics(incoming=1, outgoing=1)
+        self.write(self.updates(2))
+        source, stopping = self.source()
+        taken = until(source.take, "an update")
+        source.close()
+        self.assertEqual(until(source.take, "the same update").update, taken.update)
+        stopping.requested = True
+        source.close()
+        self.assertIsNone(source.take(), "a signal has come")
+
+    def test_a_bot_is_stopped_while_it_waits_for_the_group(self):
+        self.topics(incoming=2, outgoing=1)
+        self.write(self.updates(1))
+        first = self.source()[0]
+        taken = until(first.take, "an update")
+        bot = self.bot()
+        until(lambda: first.member.over, "the rebalance, which the update in hand holds up")
+        bot.signal(signal.SIGTERM)
+        self.assertEqual(bot.wait(), 0)
+        self.assertNotIn("generation", bot.log)
+        first.acknowledge(taken)
+        self.assertEqual(self.lag(2), 0)
+
+    def test_a_drain_hands_over_to_another_bot_and_is_undone(self):
+        self.topics(incoming=4, outgoing=4)
+        sidecar = self.sidecar()
+        self.write(self.updates(3000))
+        first = self.bot(SIDECAR_URL=sidecar.url)
+        replies = Replies(self).read(100)
+        self.assertEqual(sidecar.call("POST", "/drain")[0], 200)
+        first.wait_for("left group")
+        self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 0)
+        done = self.lag(4)
+        second = self.bot()
+        replies.read(3000)
+        self.assertEqual(replies.rest().texts, collections.Counter("Echo: m%d" % number for number in range(3000)))
+        self.assertGreater(done, 0, "the drain came before the end")
+        until(lambda: self.lag(4) == 0, "all is committed")
+        first.signal(signal.SIGTERM)
+        self.end(first, second)
+
+    def test_a_topic_that_comes_later_and_grows(self):
+        from confluent_kafka.admin import NewPartitions
+        from unittest import mock
+        import echo_bot
+        source = self.source()[0]
+        with mock.patch.object(echo_bot, "METADATA_SECONDS", 0.5), self.assertLogs("echo_bot") as logs:
+            until(lambda: source.take() or "does not exist yet" in str(logs.output), "it says what is missing")
+            self.topics(incoming=1, outgoing=1)
+            self.write(self.updates(1))
+            source.acknowledge(until(source.take, "an update of the new topic"))
+            admin = self.admin()
+            admin.create_partitions([NewPartitions(self.incoming, 3)])[self.incoming].result()
+            until(lambda: len(admin.list_topics(timeout=PATIENCE).topics[self.incoming].partitions) == 3, "it grows")
+            self.write([dict(value=envelope(1), partition=2)])
+            self.assertEqual(until(source.take, "an update of the new partition").update["update_id"], 1)
+
+    def test_offsets_that_are_gone_start_anew_at_the_earliest(self):
+        from confluent_kafka import TopicPartition
+        self.topics(incoming=1, outgoing=1)
+        self.write(self.updates(10))
+        bot = self.bot()
+        replies = Replies(self).read(10)
+        until(lambda: self.lag(1) == 0, "all is committed")
+        self.end(bot)
+        self.write(self.updates(10, first=10))
+        admin = self.admin()
+        for future in admin.delete_records([TopicPartition(self.incoming, 0, 15)]).values():
+            future.result()
+        bot = self.bot()
+        self.assertEqual(len(replies.read(15).rest().texts), 15)
+        self.end(bot)
+        self.assertIn("offset 10 is not there any more", bot.log)
+
+    # -- the network --
+
+    def proxied(self):
+        self.addCleanup(setattr, self.node.proxy, "spoil", None)
+        return "localhost:%d" % self.node.proxy.port
+
+    def test_connections_that_die_in_the_middle_of_an_answer(self):
+        self.topics(incoming=3, outgoing=3)
+        self.write(self.updates(500))
+        chance = random.Random(4)
+        cuts = []
+
+        def cut(data):
+            if chance.random() < 0.02:
+                cuts.append(1)
+                return data[:len(data) // 2]
+            return data
+        brokers = self.proxied()
+        self.node.proxy.spoil = cut
+        bot = self.bot(KAFKA_BROKERS=brokers)
+        replies = Replies(self).read(500)
+        until(lambda: self.lag(3) == 0, "all is committed")
+        self.node.proxy.spoil = None
+        self.end(bot)
+        self.assertGreater(len(cuts), 5)
+        self.assertEqual(set(replies.rest().texts.values()), {1}, "what was tried again counts once")
+
+    def test_a_corrupt_batch_is_an_error_and_no_message(self):
+        self.topics(incoming=1, outgoing=1)
+        self.write([dict(value=envelope(1, text="intact"))])
+        self.write([dict(value=envelope(2, text="corrupt-me"))])
+        left = [2]
+
+        def corrupt(data):
+            if b"corrupt-me" in data and left[0]:
+                left[0] -= 1
+                return data.replace(b"corrupt-me", b"corrupt-Me")
+            return data
+        brokers = self.proxied()
+        self.node.proxy.spoil = corrupt
+        bot = self.bot(KAFKA_BROKERS=brokers)
+        replies = Replies(self).read(2).rest()
+        self.end(bot)
+        self.assertEqual(sorted(replies.texts), ["Echo: corrupt-me", "Echo: intact"])
+        self.assertEqual(bot.log.count("the checksum of the batch at offset 1"), 2)
+
+    def test_the_update_in_hand_is_finished_after_the_signal_though_the_broker_hangs(self):
+        self.topics(incoming=1, outgoing=1)
+        self.write(self.updates(2))
+        source, stopping = self.source()
+        taken = until(source.take, "an update")
+        self.node.program.signal(signal.SIGSTOP)
+        try:
+            def finish():
+                source.reply(taken, ("sendMessage", {"chat_id": 1, "text": "done"}))
+                source.acknowledge(taken)
+            work = threading.Thread(target=finish)
+            work.start()
+            stopping.requested = True
+            work.join(1)
+            self.assertTrue(work.is_alive())
+        finally:
+            self.node.program.signal(signal.SIGCONT)
+        work.join(PATIENCE)
+        self.assertIsNone(source.take(), "nothing is started any more")
+        self.assertEqual(self.lag(1), 1)
+        self.assertEqual(Replies(self).rest().texts, collections.Counter(["done"]))
+
+    # -- security --
+
+    def secure(self, protocol, mechanism=None, password="PASSWORD-1", **env):
+        if mechanism:
+            env.update(KAFKA_SASL_MECHANISM=mechanism, KAFKA_SASL_USERNAME="bot", KAFKA_SASL_PASSWORD=password)
+        settings = dict(KAFKA_BROKERS="localhost:%d" % self.node.ports[protocol], KAFKA_SECURITY_PROTOCOL=protocol,
+                        KAFKA_SSL_CAFILE=self.authority)
+        settings.update(env)
+        return self.bot(**settings)
+
+    @needs("openssl", shutil.which("openssl"))
+    def test_tls_and_logins(self):
+        self.topics(incoming=1, outgoing=1)
+        count = 0
+        for protocol, mechanism in (("SSL", None), ("SASL_PLAINTEXT", "PLAIN"), ("SASL_SSL", "SCRAM-SHA-256"),
+                                    ("SASL_PLAINTEXT", "SCRAM-SHA-512")):
+            count += 1
+            self.write(self.updates(1, first=count))
+            bot = self.secure(protocol, mechanism)
+            replies = Replies(self).read(count)
+            until(lambda: self.lag(1) == 0, "it is committed")
+            self.end(bot)
+        self.assertEqual(set(replies.rest().texts.values()), {1})
+
+    @needs("openssl", shutil.which("openssl"))
+    def test_what_cannot_mend_itself_ends_with_one_line(self):
+        from confluent_kafka.admin import AclBinding, AclOperation, AclPermissionType, ResourcePatternType, ResourceType
+        self.topics(incoming=1, outgoing=1, **{self.name + "-secret": 1})
+        admin = self.admin()
+        for future in admin.create_acls([AclBinding(
+                ResourceType.TOPIC, self.name + "-secret", ResourcePatternType.LITERAL, "User:bot", "*",
+                AclOperation.READ, AclPermissionType.DENY)]).values():
+            future.result()
+        numeric = "127.0.0.1:%d" % self.node.ports["SSL"]
+        bots = {
+            "SASL_AUTHENTICATION_FAILED": [self.secure("SASL_SSL", mechanism, "PASSWORD-2")
+                                           for mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")],
+            "CERTIFICATE_VERIFY_FAILED": [self.secure("SSL", KAFKA_SSL_CAFILE=os.path.join(self.folder, "other.pem")),
+                                          self.secure("SSL", KAFKA_BROKERS=numeric)],
+            "TOPIC_AUTHORIZATION_FAILED": [
+                self.secure("SASL_SSL", "PLAIN", KAFKA_INCOMING_TOPIC=self.name + "-secret")],
+            "KAFKA_SECURITY_PROTOCOL": [self.secure("SSL", KAFKA_SECURITY_PROTOCOL="PLAINTEXT"),
+                                        self.secure("SASL_PLAINTEXT", KAFKA_SECURITY_PROTOCOL="PLAINTEXT"),
+                                        self.secure("SASL_SSL", "PLAIN", KAFKA_BROKERS=self.brokers)],
+            "no-such-host": [self.bot(KAFKA_BROKERS="no-such-host.invalid:9092")]}
+        for words, ended in bots.items():
+            for bot in ended:
+                self.assertEqual(bot.wait(), 1, bot.log)
+                self.assertIn(words, bot.lines[-1])
+                for secret in ("TEST-TOKEN", "PASSWORD-1", "PASSWORD-2", "Traceback"):
+                    self.assertNotIn(secret, bot.log)
+
+    # -- the runs of 10,000 --
+
+    def run_updates(self, events, count=10000, exactly_once=True):
+        """Send updates over 6 partitions to three bots; events: {number of replies: function(list of running bots)}.
+
+        Prints a line of the table; in the end every offset is committed, and each chat's replies are in order.
+        """
+        self.topics(incoming=6, outgoing=6)
+        self.write(self.updates(count, chats=500))
+        running, pending = [self.bot() for _ in range(3)], sorted(events.items())
+        started, replies = time.monotonic(), Replies(self)
+
+        def tick():
+            while pending and len(replies.texts) >= pending[0][0]:
+                pending.pop(0)[1](running)
+        replies.read(count, tick)
+        seconds = time.monotonic() - started
+        until(lambda: self.lag(6) == 0, "every offset is committed")
+        self.end(*running)
+        replies.rest()
+        report(self, count, replies, seconds)
+        if exactly_once:
+            self.assertEqual(set(replies.texts.values()), {1})
+            chats = collections.defaultdict(list)
+            for record in replies.records:
+                chats[record.key()].append(int(json.loads(record.value())["params"]["text"].split("m")[1]))
+            for numbers in chats.values():
+                self.assertEqual(numbers, sorted(numbers), "a chat's replies are in order")
+
+    def sigterm(self, running):
+        self.end(running.pop(0))
+
+    def sigkill(self, running):
+        running.pop(0).kill()
+
+    def start(self, running):
+        running.append(self.bot())
+
+    def restart_broker(self, running):
+        self.node.stop()
+        self.node.start()
+
+    def test_run_with_a_bot_killed_one_stopped_and_one_started(self):
+        self.run_updates({2000: self.sigkill, 4000: self.sigterm, 5000: self.start}, exactly_once=False)
+
+    def test_run_with_bots_stopped_and_started(self):
+        self.run_updates({1500: self.sigterm, 3000: self.start, 4500: self.start, 6000: self.sigterm,
+                          7500: self.sigterm})
+
+    def test_run_with_the_broker_restarted(self):
+        self.run_updates({1500: self.sigterm, 3000: self.restart_broker, 3001: self.start, 6000: self.sigterm})
+
+
+@needs_kafka
+class TestKafkaCluster(KafkaCase):
+    """Against three nodes of Apache Kafka, one of which dies: leaders and the coordinator move."""
+
+    @classmethod
+    def setUpClass(cls):
+        voters = dict(zip((1, 2, 3), free_ports(3)))
+        settings = {"broker.session.timeout.ms": 3000, "broker.heartbeat.interval.ms": 500}
+        cls.nodes = [KafkaNode(number, voters, **settings) for number in voters]
+        cls.brokers = ",".join(node.address for node in cls.nodes)
+        try:
+            wait_for_kafka(*cls.nodes)
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        for node in cls.nodes:
+            node.remove()
+
+    def test_nothing_is_committed_before_every_replica_has_the_reply(self):
+        from confluent_kafka.admin import NewTopic
+        self.topics(replicas=3, incoming=1)
+        admin = self.admin()
+        topic = NewTopic(self.outgoing, 1, 3, config={"min.insync.replicas": "3"})
+        admin.create_topics([topic])[self.outgoing].result()
+        self.nodes[2].stop()
+        self.write(self.updates(1))
+        bot = self.bot()
+        bot.wait_for("NOT_ENOUGH_REPLICAS; trying again")
+        self.assertEqual(self.lag(1), 1)
+        self.nodes[2].start()
+        replies = Replies(self).read(1)
+        until(lambda: self.lag(1) == 0, "it is committed")
+        self.end(bot)
+        self.assertEqual(replies.rest().texts, collections.Counter(["Echo: m0"]))
+
+    def test_a_node_dies_and_comes_back(self):
+        self.topics(replicas=3, incoming=6, outgoing=6)
+        self.write(self.updates(4000))
+        admin = self.admin()
+        started, bots = time.monotonic(), [self.bot(), self.bot()]
+        replies = Replies(self).read(500)
+        group = admin.describe_consumer_groups([self.group])[self.group].result()
+        victim = self.nodes[group.coordinator.id - 1]   # the coordinator, and a third of the leaders with it
+        victim.program.kill()
+        replies.read(2000)
+        victim.start()
+        replies.read(2500)
+        self.end(bots.pop(0))
+        replies.read(4000)
+        until(lambda: self.lag(6) == 0, "all is committed")
+        self.end(*bots)
+        report(self, 4000, replies.rest(), time.monotonic() - started)
+
+
+# ---- Manifests ------------------------------------------------------------------------------------------------------
+
+MANIFESTS = os.path.join(HERE, "manifests")
+KUSTOMIZE = ["kubectl", "kustomize"] if shutil.which("kubectl") else [os.path.join(CACHE, "bin", "kustomize"), "build"]
+MANIFESTS_BUILD = shutil.which(KUSTOMIZE[0]) and importlib.util.find_spec("yaml")
+VALIDATE = MANIFESTS_BUILD and importlib.util.find_spec("kubernetes_validate")
+TYPES = MANIFESTS_BUILD and os.path.exists(os.path.join(CACHE, "node_modules", "@kubernetes-models", "keda"))
+OPERATORS = {"keda.sh": "keda", "monitoring.coreos.com": "prometheus-operator"}     # API groups and their npm packages
+
+
+def run(*argv, **options):
+    """Run a command to its end and return what it printed. AssertionError with both outputs where it failed."""
+    options = dict(dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE), **options)
+    done = subprocess.run([str(arg) for arg in argv], **options)
+    if done.returncode:
+        raise AssertionError("%s: exit status %d\n%s%s" % (" ".join(map(str, argv)), done.returncode,
+                                                           done.stdout.decode(), done.stderr.decode()))
+    return done.stdout.decode()
+
+
+def kustomize(folder="", components=()):
+    """Return the objects that `kubectl apply -k manifests/folder` would send, right after the README's `cp`.
+
+    components: the overlays to switch on first, by uncommenting their lines.
+    """
+    import yaml
+    with tempfile.TemporaryDirectory() as copy:
+        copy = os.path.join(copy, "manifests")
+        shutil.copytree(MANIFESTS, copy, ignore=shutil.ignore_patterns("bot.env"))
+        shutil.copy(os.path.join(copy, "bot.env.example"), os.path.join(copy, "bot.env"))
+        if components:
+            path = os.path.join(copy, "kustomization.yaml")
+            with open(path) as file:
+                text = file.read()
+            for line in ("components:",) + tuple("  - overlays/" + component for component in components):
+                text = re.sub("^#(?=%s)" % line, "", text, flags=re.MULTILINE)
+            with open(path, "w") as file:
+                file.write(text)
+        return list(yaml.safe_load_all(run(*KUSTOMIZE, os.path.join(copy, folder))))
+
+
+def pick(objects, kind):
+    """Return the one object of a kind."""
+    found, = [thing for thing in objects if thing["kind"] == kind]
+    return found
+
+
+def containers(objects):
+    """Return {name: container} of the Deployment, init containers and ordinary ones alike."""
+    spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
+    return {container["name"]: container for container in spec.get("initContainers", []) + spec["containers"]}
+
+
+def environment(container, objects):
+    """Return the variables that a container gets, those of its ConfigMaps and Secrets too."""
+    sources = {(thing["kind"], thing["metadata"]["name"]): thing for thing in objects}
+    values = {}
+    for source in container.get("envFrom", []):
+        if "configMapRef" in source:
+            values.update(sources["ConfigMap", source["configMapRef"]["name"]]["data"])
+        else:
+            values.update((name, base64.b64decode(value).decode()) for name, value in
+                          sources["Secret", source["secretRef"]["name"]]["data"].items())
+    values.update((entry["name"], entry["value"]) for entry in container.get("env", []))
+    return values
+
+
+@needs("kubectl, or the Python package PyYAML", MANIFESTS_BUILD)
+class TestManifests(Case):
+    """What the manifests say, read from what kubectl builds of them."""
+
+    OVERLAYS = ("pre-1.29", "kafka-sasl")
+
+    def setUp(self):
+        self.objects = kustomize()
+        self.spec = pick(self.objects, "Deployment")["spec"]["template"]["spec"]
+        self.sidecar, = self.spec["initContainers"]
+        self.bot, = self.spec["containers"]
+
+    def test_sidecar_is_native_and_starts_first(self):
+        self.assertEqual(self.sidecar["restartPolicy"], "Always")
+        self.assertEqual(self.sidecar["startupProbe"]["httpGet"]["path"], "/health")
+        self.assertNotIn("replicas", pick(self.objects, "Deployment")["spec"], "KEDA's, and would be reset by an apply")
+
+    def test_preStop_hook_drains(self):
+        self.assertEqual(self.bot["lifecycle"]["preStop"]["exec"]["command"], ["python3", "/app/sidecar.py", "drain"])
+        self.assertNotIn("lifecycle", self.sidecar)
+
+    def test_grace_period_is_the_sum_in_the_comment(self):
+        seconds = self.spec["terminationGracePeriodSeconds"]
+        with open(os.path.join(MANIFESTS, "deployment.yaml")) as file:
+            comment = re.search(r"# (\d+) s = (\d+) GRACE_PERIOD_SECONDS.*\n((?: +# +\+.*\n)+)", file.read())
+        parts = [int(comment.group(2))] + [int(part) for part in re.findall(r"\+ +(\d+)", comment.group(3))]
+        self.assertEqual(seconds, int(comment.group(1)))
+        self.assertEqual(seconds, sum(parts))
+        self.assertEqual(str(parts[0]), environment(self.sidecar, self.objects)["GRACE_PERIOD_SECONDS"])
+        self.assertGreater(float(environment(self.sidecar, self.objects)["QUIET_PERIOD_SECONDS"]), 0)
+
+    def test_ports_and_probes_are_the_sidecars(self):
+        import sidecar
+        ports = {port["name"]: port["containerPort"] for port in self.sidecar["ports"]}
+        defaults = sidecar.Settings({})
+        self.assertEqual(ports, {"http": defaults.port, "metrics": defaults.metrics_port})
+        paths = {}
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            self.assertEqual(self.sidecar[name]["httpGet"]["port"], "http")
+            paths[name] = self.sidecar[name]["httpGet"]["path"]
+        self.assertEqual(paths, {"startupProbe": "/health", "readinessProbe": "/ready", "livenessProbe": "/health"})
+        self.assertEqual(environment(self.bot, self.objects)["SIDECAR_URL"], "http://127.0.0.1:%d" % defaults.port)
+
+    def test_variables_are_known_to_the_programs(self):
+        for objects in self.objects, kustomize(components=self.OVERLAYS):
+            for name, program in ("sidecar", "sidecar.py"), ("bot", "echo_bot.py"):
+                with open(os.path.join(HERE, program), encoding="utf-8") as file:
+                    text = file.read()
+                for variable in environment(containers(objects)[name], objects):
+                    self.assertTrue(re.search(r"\b%s\b" % variable, text), "%s: unknown to %s" % (variable, program))
+
+    def test_token_is_in_the_secret_only(self):
+        secret = pick(self.objects, "Secret")
+        self.assertEqual(list(secret["data"]), ["BOT_TOKEN"])
+        self.assertNotIn("envFrom", self.sidecar)
+        with open(os.path.join(HERE, ".gitignore")) as file:
+            self.assertIn("manifests/bot.env", file.read().splitlines())
+
+    def test_pod_security_standard_restricted(self):
+        """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
+        for components in (), self.OVERLAYS:
+            objects = kustomize(components=components)
+            spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
+            self.assertTrue(spec["securityContext"]["runAsNonRoot"])
+            self.assertGreater(spec["securityContext"]["runAsUser"], 0)
+            self.assertEqual(spec["securityContext"]["seccompProfile"], {"type": "RuntimeDefault"})
+            self.assertFalse({"hostNetwork", "hostPID", "hostIPC"} & set(spec))
+            for volume in spec.get("volumes", []):
+                self.assertLessEqual(set(volume), {"name", "configMap", "secret", "emptyDir", "projected"})
+            for container in containers(objects).values():
+                self.assertEqual(container["securityContext"],
+                                 {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
+                                  "capabilities": {"drop": ["ALL"]}})
+                self.assertFalse([port for port in container.get("ports", []) if "hostPort" in port])
+                self.assertEqual(set(container["resources"]), {"requests", "limits"})
+            self.assertIs(spec["automountServiceAccountToken"], False)
+            self.assertIs(spec["enableServiceLinks"], False)
+
+    def test_only_prometheus_comes_in(self):
+        policy = pick(self.objects, "NetworkPolicy")["spec"]
+        self.assertEqual(policy["policyTypes"], ["Ingress"])
+        rule, = policy["ingress"]
+        metrics, = [port["containerPort"] for port in self.sidecar["ports"] if port["name"] == "metrics"]
+        self.assertEqual(rule["ports"], [{"port": metrics, "protocol": "TCP"}])
+        self.assertEqual(rule["from"], [{"namespaceSelector": {"matchLabels":
+                                                               {"kubernetes.io/metadata.name": "monitoring"}}}])
+
+    def test_disruption_budget_never_blocks_a_drain(self):
+        budget = pick(self.objects, "PodDisruptionBudget")["spec"]
+        self.assertNotIn("minAvailable", budget)
+        self.assertEqual(budget["maxUnavailable"], 1)
+        self.assertEqual(budget["unhealthyPodEvictionPolicy"], "AlwaysAllow")
+
+    def test_every_selector_finds_the_pods(self):
+        template = pick(self.objects, "Deployment")["spec"]["template"]
+        for selector in [pick(self.objects, kind)["spec"][name] for kind, name in (
+                ("Deployment", "selector"), ("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector"))] + [
+                pick(kustomize("monitoring"), "PodMonitor")["spec"]["selector"]]:
+            self.assertLessEqual(set(selector["matchLabels"].items()), set(template["metadata"]["labels"].items()))
+
+    def test_lag_alone_scales(self):
+        scaled = pick(self.objects, "ScaledObject")["spec"]
+        self.assertEqual(scaled["scaleTargetRef"]["name"], pick(self.objects, "Deployment")["metadata"]["name"])
+        self.assertEqual((scaled["minReplicaCount"], scaled["maxReplicaCount"]), (0, 5))
+        trigger, = scaled["triggers"]
+        settings = trigger["metadata"]
+        self.assertEqual((trigger["type"], settings["lagThreshold"], settings["offsetResetPolicy"]),
+                         ("kafka", "5", "earliest"))
+        source = containers(self.objects)[scaled["scaleTargetRef"]["envSourceContainerName"]]
+        variables = environment(source, self.objects)
+        for name, variable in settings.items():
+            if name.endswith("FromEnv"):
+                self.assertIn(variable, variables)
+
+    def test_before_1_29_the_sidecar_is_an_ordinary_container_that_outwaits_the_hook(self):
+        objects = kustomize(components=["pre-1.29"])
+        spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
+        self.assertNotIn("initContainers", spec)
+        sidecar, bot = spec["containers"]
+        self.assertEqual(bot, dict(self.bot, envFrom=bot["envFrom"]))
+        expected = dict(self.sidecar, env=sidecar["env"])
+        del expected["restartPolicy"]
+        self.assertEqual(sidecar, expected)
+        variables = environment(sidecar, objects)
+        self.assertEqual(variables["QUIET_PERIOD_SECONDS"], "5")
+        self.assertEqual(dict(variables, QUIET_PERIOD_SECONDS="1"), environment(self.sidecar, self.objects))
+
+    def test_with_sasl_KEDA_logs_in_as_the_bot_does(self):
+        objects = kustomize(components=["kafka-sasl"])
+        login = pick(objects, "TriggerAuthentication")
+        trigger, = pick(objects, "ScaledObject")["spec"]["triggers"]
+        variables = environment(containers(objects)["bot"], objects)
+        self.assertEqual(trigger["authenticationRef"]["name"], login["metadata"]["name"])
+        self.assertEqual(trigger["metadata"]["tls"], "enable")
+        self.assertEqual(trigger["metadata"]["sasl"].replace("_", "").upper(),
+                         variables["KAFKA_SASL_MECHANISM"].replace("-", ""))
+        volume, = pick(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
+        mount, = containers(objects)["bot"]["volumeMounts"]
+        ca, = login["spec"]["secretTargetRef"]
+        self.assertEqual((volume["secret"]["secretName"], os.path.join(mount["mountPath"], ca["key"])),
+                         (ca["name"], variables["KAFKA_SSL_CAFILE"]))
+
+
+@needs("kubectl, or the Python package kubernetes-validate", VALIDATE)
+class TestKubernetesSchemas(Case):
+    """The API server's published schemas, with unknown fields refused."""
+
+    VERSIONS = {(): ("1.29", "newest"), ("kafka-sasl",): ("1.29", "newest"),
+                ("pre-1.29",): ("1.26", "1.27", "1.28", "1.29", "newest")}
+
+    def test_every_object(self):
+        for components, versions in self.VERSIONS.items():
+            for thing in kustomize(components=components) + kustomize("monitoring"):
+                for version in versions:
+                    self.validate(thing, version)
+
+    def test_wrong_objects_are_refused(self):
+        import kubernetes_validate
+        for path, value in ((("spec", "template", "spec", "terminationGracePeriodSeconds"), "45s"),
+                            (("spec", "template", "spec", "terminationGracePeriod"), 45),
+                            (("spec", "replcas"), 1)):
+            deployment = pick(kustomize(), "Deployment")
+            parent = deployment
+            for name in path[:-1]:
+                parent = parent[name]
+            parent[path[-1]] = value
+            for version in "1.29", "newest":
+                with self.assertRaises(kubernetes_validate.ValidationError, msg=path):
+                    self.validate(deployment, version)
+
+    def validate(self, thing, version):
+        import kubernetes_validate
+        if thing["apiVersion"].partition("/")[0] in OPERATORS:
+            return
+        version = kubernetes_validate.latest_version() if version == "newest" else version
+        kubernetes_validate.validate(thing, version, strict=True)
+
+
+@needs("kubectl, Node.js, or the npm packages @kubernetes-models and typescript", TYPES)
+class TestOperatorTypes(Case):
+    """KEDA's and the Prometheus operator's published types: TypeScript refuses unknown fields, validate() the rest."""
+
+    def test_every_object(self):
+        objects = kustomize(components=["kafka-sasl"]) + kustomize("monitoring")
+        kinds = [thing["kind"] for thing in objects if self.check(thing)]
+        self.assertEqual(sorted(kinds), ["PodMonitor", "PrometheusRule", "ScaledObject", "TriggerAuthentication"])
+
+    def test_wrong_objects_are_refused(self):
+        def scaled_object(change):
+            thing = pick(kustomize(), "ScaledObject")
+            change(thing["spec"])
+            return thing
+
+        for thing in (scaled_object(lambda spec: spec.update(minReplicas=0)),
+                      scaled_object(lambda spec: spec.update(minReplicaCount="0")),
+                      scaled_object(lambda spec: spec["triggers"][0]["metadata"].update(lagThreshold=5)),
+                      scaled_object(lambda spec: spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+                                    ["scaleDown"].update(stabilisationWindowSeconds=1))):
+            with self.assertRaises(AssertionError):
+                self.check(thing)
+        rule = pick(kustomize("monitoring"), "PrometheusRule")
+        rule["spec"]["groups"][0]["interval"] = "5 s"
+        with self.assertRaises(AssertionError):
+            self.check(rule)
+
+    def check(self, thing):
+        """Return whether the object is of an operator's kind. AssertionError where the operator would refuse it."""
+        group, _, version = thing["apiVersion"].partition("/")
+        if group not in OPERATORS:
+            return False
+        kind = thing["kind"]
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:         # where node_modules is found
+            path = os.path.join(folder, "thing.mts")
+            with open(path, "w") as file:
+                file.write("import { %s, I%s } from '@kubernetes-models/%s/%s/%s/%s';\n"
+                           % (kind, kind, OPERATORS[group], group, version, kind)
+                           + "const thing: I%s = %s;\nnew %s(thing).validate();\n" % (kind, json.dumps(thing), kind))
+            run("node", os.path.join(CACHE, "node_modules", "typescript", "bin", "tsc"), "--strict", "--skipLibCheck",
+                "--noEmitOnError", "--target", "es2022", "--module", "nodenext", path)
+            run("node", os.path.join(folder, "thing.mjs"))
+        return True
+
+
+PROMTOOL = MANIFESTS_BUILD and shutil.which("promtool")
+
+
+@needs("promtool", PROMTOOL)
+class TestAlerts(Case):
+    """Each alert, evaluated by promtool over a made-up past of one pod: when it is quiet, and when it fires."""
+
+    LABELS = 'namespace="telegram-serverless", pod="bot-echo-1"'
+    SCRAPE = 5          # seconds between two samples, as the PodMonitor says
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.rules = pick(kustomize("monitoring"), "PrometheusRule")["spec"]
+        self.write("rules.json", {"groups": self.rules["groups"]})
+
+    def write(self, name, thing):
+        with open(os.path.join(self.folder, name), "w") as file:        # JSON is YAML
+            json.dump(thing, file)
+        return file.name
+
+    def check(self, alert, series, quiet=(), firing=()):
+        """series: {metric: promtool's notation of its samples}; quiet, firing: seconds at which to look."""
+        def samples(at):
+            return {"expr": 'count(ALERTS{alertname="%s", alertstate="firing"}) or vector(0)' % alert,
+                    "eval_time": "%ds" % at, "exp_samples": [{"labels": "{}", "value": int(at in firing)}]}
+        self.assertIn(alert, [rule["alert"] for group in self.rules["groups"] for rule in group["rules"]])
+        run("promtool", "test", "rules", self.write("test.json", {
+            "rule_files": ["rules.json"], "evaluation_interval": "%ds" % self.SCRAPE, "tests": [{
+                "interval": "%ds" % self.SCRAPE,
+                "input_series": [{"series": name[:-1] + ", " * (name[-2] != "{") + self.LABELS + "}", "values": values}
+                                 for name, values in series.items()],
+                "promql_expr_test": [samples(at) for at in sorted(set(quiet) | set(firing))]}]}))
+
+    def test_stuck_request(self):
+        grace = {"sidecar_grace_period_seconds{}": "30x60"}
+        self.check("SidecarRequestStuck", dict(grace, **{"sidecar_oldest_request_age_seconds{}": "0+5x60"}),
+                   quiet=[30, 80], firing=[120, 300])
+        self.check("SidecarRequestStuck", dict(grace, **{"sidecar_oldest_request_age_seconds{}": "0+5x5 0+5x5 0x48"}),
+                   quiet=[60, 120, 300])
+
+    def test_drain_alert_fires_before_the_grace_period_is_over(self):
+        rule, = [rule for group in self.rules["groups"] for rule in group["rules"]
+                 if rule["alert"] == "SidecarDrainTimedOut"]
+        grace = float(environment(containers(kustomize())["sidecar"], kustomize())["GRACE_PERIOD_SECONDS"])
+        self.assertLessEqual(float(rule["for"].rstrip("s")) + self.SCRAPE, grace)
+
+    def test_drain_that_ran_out_before_the_pod_was_gone(self):
+        self.check("SidecarDrainTimedOut", {"sidecar_draining{}": "0x11 1x5 stale",
+                                            "sidecar_active_requests{}": "1x17 stale",
+                                            'sidecar_drains_total{outcome="timed_out"}': "0x17 stale"},
+                   quiet=[60, 80, 1200], firing=[85, 300, 900])
+
+    def test_drain_that_ran_out_and_was_counted(self):
+        self.check("SidecarDrainTimedOut", {'sidecar_drains_total{outcome="timed_out"}': "0x11 1x100",
+                                            'sidecar_drains_total{outcome="completed"}': "0x111"},
+                   quiet=[55, 80, 1200], firing=[85, 300])
+
+    def test_drains_that_completed(self):
+        self.check("SidecarDrainTimedOut", {"sidecar_draining{}": "0x11 1x3 stale",
+                                            "sidecar_active_requests{}": "1x15 stale"},
+                   quiet=[60, 75, 300])
+        self.check("SidecarDrainTimedOut", {"sidecar_draining{}": "0x11 1x60", "sidecar_active_requests{}": "2x13 0x58",
+                                            'sidecar_drains_total{outcome="completed"}': "0x13 1x58"},
+                   quiet=[60, 90, 300])
+
+    def test_unmatched_ends(self):
+        self.check("SidecarUnmatchedEnds", {"sidecar_unmatched_ends_total{}": "0x10 1x110"}, quiet=[100, 300])
+        self.check("SidecarUnmatchedEnds", {"sidecar_unmatched_ends_total{}": "0x10 0+1x10 10x250"},
+                   quiet=[50, 1300], firing=[100, 300])
+
+    def test_absent_sidecar(self):
+        running, up = 'kube_pod_status_phase{phase="Running", instance="10.0.0.1:8080"}', 'up{instance="10.0.0.2:9091"}'
+        self.check("SidecarAbsent", {running: "1x60", up: "1x60"}, quiet=[60, 300])
+        self.check("SidecarAbsent", {running: "1x60", up: "1x12 0x48"}, quiet=[60, 175], firing=[195, 300])
+        self.check("SidecarAbsent", {running: "1x60"}, quiet=[60], firing=[125, 300])
+        self.check("SidecarAbsent", {running: "0x60"}, quiet=[300])
+        self.check("SidecarAbsent", {up: "0x60"}, quiet=[300])
+
+    def test_every_alert_has_a_case_here(self):
+        with open(os.path.abspath(__file__), encoding="utf-8") as file:
+            tested = set(re.findall(r'self\.check\("(\w+)"', file.read()))
+        self.assertLessEqual({rule["alert"] for group in self.rules["groups"] for rule in group["rules"]}, tested)
+
+    def test_every_query_is_valid_and_asks_for_metrics_that_the_sidecar_has(self):
+        dashboard = json.loads(pick(kustomize("monitoring"), "ConfigMap")["data"]["dashboard.json"])
+        queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+        self.write("queries.json", {"groups": [{"name": "dashboard", "rules": [
+            {"record": "query:%d" % number, "expr": query} for number, query in enumerate(queries)]}]})
+        for name in "queries.json", "rules.json":
+            run("promtool", "check", "rules", os.path.join(self.folder, name))
+        exposed = set(re.findall(r"^(\w+)", self.sidecar().prometheus(), re.MULTILINE))
+        alerts = [rule["expr"] for group in self.rules["groups"] for rule in group["rules"]]
+        self.assertLessEqual(set(re.findall(r"\bsidecar_\w+", " ".join(queries + alerts))), exposed)
+        self.assertEqual(len({panel["id"] for panel in dashboard["panels"]}), len(dashboard["panels"]))
+
+
+# ---- The pod's lifecycle --------------------------------------------------------------------------------------------
+
+class Pod:
+    """A pod as the kubelet runs it, with real processes; what it does is read from the built manifest.
+
+    Two things stand in for the node: python3 and /app are this Python and this folder, and the sidecar's ports are free
+    ones of loopback, to which everything that names the manifest's ports is pointed.
+    """
+
+    def __init__(self, case, objects, worker=None, **env):
+        """objects: from kustomize(); worker: a command in place of the bot's; env: more variables for the bot."""
+        self.case, self.objects, self.worker, self.env = case, objects, worker, env
+        self.spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
+        self.programs, self.ports, self.events = {}, {}, []
+
+    def start(self):
+        """Start the containers in the kubelet's order, and return self when each readiness probe has passed."""
+        for container in self.spec.get("initContainers", []):
+            self.case.assertEqual(container.get("restartPolicy"), "Always", "nothing else would start before its end")
+            self._start(container)
+            until(lambda: self.probe(container["startupProbe"]) == 200)     # only then the next container starts
+        for container in self.spec["containers"]:
+            self._start(container)
+        for container in self._containers():
+            if "readinessProbe" in container:
+                until(lambda: self.probe(container["readinessProbe"]) == 200)
+        return self
+
+    def delete(self):
+        """Delete the pod as the kubelet does, and return {container: exit status}.
+
+        The preStop hooks of all containers run at once, and each container gets SIGTERM after its own; but a native
+        sidecar (an init container) only when the ordinary ones are gone. terminationGracePeriodSeconds counts all of
+        it; when it is over, what still runs gets SIGTERM and two seconds, and then SIGKILL. (killContainer in the
+        kubelet's kuberuntime_container.go)
+        """
+        self.over_at = time.monotonic() + self.spec["terminationGracePeriodSeconds"]
+        threads = [threading.Thread(target=self._stop, args=(container, turn_after)) for containers, turn_after in (
+            (self.spec["containers"], []),
+            (self.spec.get("initContainers", []), [container["name"] for container in self.spec["containers"]]))
+            for container in containers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return {name: program.process.returncode for name, program in self.programs.items()}
+
+    def url(self, port):
+        """Return where a port, by its name or number in the manifest, really is."""
+        number, = [entry["containerPort"] for container in self._containers() for entry in container.get("ports", [])
+                   if port in (entry["name"], entry["containerPort"])]
+        return "http://127.0.0.1:%d" % self.ports[number]
+
+    def probe(self, probe):
+        """Return the status of an httpGet probe, as the node asks it."""
+        try:
+            return urllib.request.urlopen(self.url(probe["httpGet"]["port"]) + probe["httpGet"]["path"]).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def _containers(self):
+        return self.spec.get("initContainers", []) + self.spec["containers"]
+
+    def _environment(self, container):
+        env = environment(container, self.objects)
+        for name, value in env.items():
+            port = re.search("127.0.0.1:([0-9]+)", value)
+            if port:                                            # port 1: nobody is there
+                env[name] = "http://127.0.0.1:%d" % self.ports.get(int(port.group(1)), 1)
+        return env
+
+    def _command(self, command):
+        return [sys.executable if part == "python3" else part.replace("/app", HERE) for part in command]
+
+    def _start(self, container):
+        command, env = self._command(container["command"]), self._environment(container)
+        if container["name"] == "sidecar":
+            env.update(SIDECAR_HOST="127.0.0.1", SIDECAR_PORT="0", METRICS_PORT="0")
+        else:
+            command, env = self.worker or command, dict(env, **self.env)
+        program = self.programs[container["name"]] = self.case.program(*command, env=env, cwd=HERE)
+        self.events.append(container["name"] + " started")
+        if container["name"] == "sidecar":
+            found = program.wait_for(r"listening.*?http://\S+?:(\d+).*?http://\S+?:(\d+)")
+            numbers = [port["containerPort"] for port in container["ports"]]
+            self.ports.update(zip(numbers, map(int, found.groups())))
+
+    def _stop(self, container, turn_after):
+        name = container["name"]
+        hook = container.get("lifecycle", {}).get("preStop")
+        if hook:
+            hook = self.case.program(*self._command(hook["exec"]["command"]), env=self._environment(container))
+            if not self._ends(hook):
+                hook.kill()
+            self.events.append("%s's preStop hook ended" % name)
+        for other in turn_after:
+            self._ends(self.programs[other])
+        program = self.programs[name]
+        self.events.append("%s got SIGTERM" % name)
+        program.signal(signal.SIGTERM)
+        if not self._ends(program, at_least=2):
+            program.kill()
+        self.events.append("%s ended" % name)
+
+    def _ends(self, program, at_least=0):
+        """Wait for the end of a process, until the pod's grace period is over; return whether it came."""
+        try:
+            program.wait(max(self.over_at - time.monotonic(), at_least))
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+
+
+class Queue(socketserver.ThreadingTCPServer):
+    """A stream of numbers with at-least-once delivery: what a worker took and did not acknowledge is delivered again.
+
+    A worker sends a line and gets a line: "take" gets a message, or "none"; "answer" is what the message's sender sees;
+    "ack" ends the message. A connection that closes gives its message back. `last`: the number that ends the stream.
+    """
+    daemon_threads = True
+
+    def __init__(self, last=None):
+        self.last, self.sent, self.again = last, 0, []
+        self.left, self.answers, self.changed = set(), collections.Counter(), threading.Condition()
+        super().__init__(("127.0.0.1", 0), self.Worker)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def take(self):
+        if self.again:
+            return self.again.pop()
+        if self.sent == self.last:
+            return None
+        self.sent += 1
+        self.left.add(self.sent)
+        return self.sent
+
+    class Worker(socketserver.StreamRequestHandler):
+        def handle(self):
+            queue, taken = self.server, None
+            try:
+                for line in self.rfile:
+                    with queue.changed:
+                        if line == b"take\n":
+                            taken = queue.take()
+                        elif line == b"answer\n":
+                            queue.answers[taken] += 1
+                        elif line == b"ack\n":
+                            queue.left.discard(taken)
+                            taken = None
+                        queue.changed.notify_all()
+                    self.wfile.write(b"none\n" if taken is None else b"%d\n" % taken)
+            except OSError:             # killed
+                pass
+            if taken is not None:
+                with queue.changed:
+                    queue.again.append(taken)
+
+    def wait_for(self, condition):
+        with self.changed:
+            if not self.changed.wait_for(condition, PATIENCE):
+                raise AssertionError("%d answered, %d left" % (len(self.answers), len(self.left)))
+
+
+# A worker with no signal handler, and only the README's Python client. The sender sees the answer when the work begins;
+# so a worker that is killed during the 300 ms after it has done work that will be done again.
+WORKER = """
+import os, socket, sys, time
+from echo_bot import Sidecar
+
+sidecar = Sidecar()
+queue = socket.create_connection(("127.0.0.1", int(os.environ["QUEUE_PORT"]))).makefile("rw")
+
+def ask(line):
+    queue.write(line + "\\n")
+    queue.flush()
+    return queue.readline().strip()
+
+while True:
+    if sidecar.draining and not sidecar.ready():
+        time.sleep(0.05)
+    elif ask("take") == "none":
+        time.sleep(0.05)
+    else:
+        time.sleep(float(os.environ.get("PAUSE", 0)))
+        with sidecar.track():
+            ask("answer")
+            time.sleep(0.3)
+            ask("ack")
+"""
+
+
+@needs("kubectl, or the Python package PyYAML", MANIFESTS_BUILD)
+class TestLifecycle(Case):
+    """What the kubelet does to a pod, played through with the manifest as it is, and with a piece taken out."""
+
+    def setUp(self):
+        self.objects = kustomize()
+        self.spec = pick(self.objects, "Deployment")["spec"]["template"]["spec"]
+        self.queue = None
+
+    def pod(self, objects, last=None, **env):
+        """Start a pod with the worker above, on one queue for all of the test's pods."""
+        if self.queue is None:
+            self.queue = Queue(last)
+            self.addCleanup(self.queue.server_close)
+            self.addCleanup(self.queue.shutdown)
+        return Pod(self, objects, [sys.executable, "-c", WORKER],
+                   QUEUE_PORT=self.queue.server_address[1], **env).start()
+
+    def answered_twice(self, objects):
+        """Scale 0 -> 3 -> 1 -> 0 -> 1 in the middle of the stream; return how many messages were answered twice."""
+        pods = [self.pod(objects) for _ in range(3)]
+        for removed in pods[:2], pods[2:]:
+            answered = len(self.queue.answers) + 6
+            self.queue.wait_for(lambda: len(self.queue.answers) >= answered)
+            for pod in removed:
+                threading.Thread(target=pod.delete, daemon=True).start()
+            for pod in removed:
+                pod.programs["bot"].wait()
+        self.pod(objects)
+        with self.queue.changed:
+            self.queue.last = self.queue.sent + 6
+        self.queue.wait_for(lambda: len(self.queue.answers) == self.queue.last and not self.queue.left)
+        return sum(1 for count in self.queue.answers.values() if count > 1)
+
+    def test_no_message_twice_with_the_manifest(self):
+        self.assertEqual(self.answered_twice(self.objects), 0)
+
+    def test_no_message_twice_before_1_29(self):
+        self.assertEqual(self.answered_twice(kustomize(components=["pre-1.29"])), 0)
+
+    def test_messages_twice_without_the_preStop_hook(self):
+        del self.spec["containers"][0]["lifecycle"]
+        self.assertGreater(self.answered_twice(self.objects), 0)
+
+    def test_messages_twice_without_the_sidecar(self):
+        del self.spec["initContainers"]
+        self.assertGreater(self.answered_twice(self.objects), 0)
+
+    def test_quiet_period_covers_a_message_that_was_taken_and_not_reported_yet(self):
+        pod = self.pod(self.objects, last=1, PAUSE=0.3)
+        self.queue.wait_for(lambda: self.queue.sent)
+        pod.delete()
+        self.assertFalse(self.queue.left)
+
+    def test_without_quiet_period_that_message_is_cut_off(self):
+        quiet_period, = [entry for entry in self.spec["initContainers"][0]["env"]
+                         if entry["name"] == "QUIET_PERIOD_SECONDS"]
+        quiet_period["value"] = "0"
+        pod = self.pod(self.objects, last=1, PAUSE=PATIENCE)
+        self.queue.wait_for(lambda: self.queue.sent)
+        pod.delete()
+        self.assertEqual(self.queue.left, {1})
+
+    def test_order(self):
+        pod = self.pod(self.objects, last=1)
+        self.queue.wait_for(lambda: self.queue.answers)
+        statuses = pod.delete()
+        self.assertEqual(pod.events, [
+            "sidecar started", "bot started", "bot's preStop hook ended", "bot got SIGTERM", "bot ended",
+            "sidecar got SIGTERM", "sidecar ended"])
+        self.assertEqual(statuses, {"sidecar": 0, "bot": -signal.SIGTERM})
+        self.assertFalse(self.queue.left)
+
+    def test_probes_while_the_pod_goes(self):
+        pod = self.pod(self.objects, last=0)
+        sidecar, = self.spec["initContainers"]
+        urllib.request.urlopen(pod.url("http") + "/start-request", data=b"")
+        removal = threading.Thread(target=pod.delete)
+        removal.start()
+        pod.programs["sidecar"].wait_for("drain started")
+        self.assertEqual(pod.probe(sidecar["readinessProbe"]), 503)
+        self.assertEqual(pod.probe(sidecar["livenessProbe"]), 200)
+        self.assertIsNone(pod.programs["bot"].process.poll())
+        urllib.request.urlopen(pod.url("http") + "/end-request", data=b"")
+        removal.join()
+
+    def test_request_that_never_ends(self):
+        """With every second of the manifest made a tenth: the hook gives up, then the pod's own time is over."""
+        self.spec["terminationGracePeriodSeconds"] /= 10
+        for variable in self.spec["initContainers"][0]["env"]:
+            variable["value"] = str(float(variable["value"]) / 10)
+        worker = ("import signal, time; from echo_bot import Sidecar; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                  "with Sidecar().track(): print('stuck', flush=True); time.sleep(%d)" % PATIENCE)
+        pod = Pod(self, self.objects, [sys.executable, "-c", worker]).start()
+        pod.programs["bot"].wait_for("stuck")
+        self.assertEqual(pod.delete(), {"sidecar": 1, "bot": -signal.SIGKILL})
+        self.assertLess(pod.events.index("bot's preStop hook ended"), pod.events.index("bot got SIGTERM"))
+        pod.programs["sidecar"].wait_for("still active")
+
+
+# ---- The image ------------------------------------------------------------------------------------------------------
+
+BASE = "gcr.io/distroless/python3-debian12:nonroot"
+PODMAN = shutil.which("podman") and not subprocess.call(["podman", "image", "exists", BASE])
+
+
+@needs("podman, or the image %s," % BASE, PODMAN)
+class TestImage(Case):
+    """Both images, built by podman on the base, or what .ci/run puts in its place, and run locked down."""
+
+    LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")           # podman's own may be forbidden
+    LOCKED_DOWN = ("--read-only", "--cap-drop", "ALL") + LIMITS
+
+    @classmethod
+    def setUpClass(cls):
+        cls.images = {}
+        for target in "sidecar", "echo-bot":
+            cls.images[target] = "localhost/%s:test-%d" % (target, os.getpid())
+            # Docker's format, because OCI's has no HEALTHCHECK.
+            run("podman", "build", "--pull=never", "--format", "docker", "--target", target,
+                "--tag", cls.images[target], HERE)
+        cls.names = 0
+
+    @classmethod
+    def tearDownClass(cls):
+        run("podman", "rmi", "--force", *cls.images.values())
+
+    def container(self, *arguments, image="sidecar", network="none", **env):
+        """Start a container, locked down, and return its name. network: whose it shares, as in a pod."""
+        TestImage.names += 1
+        name = "test-%d-%d" % (os.getpid(), self.names)
+        self.addCleanup(run, "podman", "rm", "--force", "--ignore", "--time", 0, name)
+        run("podman", "run", "--detach", "--name", name, "--network", network, *self.LOCKED_DOWN,
+            *["--env=%s=%s" % pair for pair in env.items()], self.images[image], *arguments)
+        return name
+
+    def sidecar_container(self, *arguments, **env):
+        name = self.container(*arguments, **env)
+        until(lambda: "listening" in self.logs(name))
+        return name
+
+    def worker_of(self, name):
+        """Start a container that shares the network of another, and return its name: the worker in the same pod."""
+        return self.container("-c", "import time; time.sleep(%d)" % PATIENCE, image="echo-bot",
+                              network="container:" + name)
+
+    def ask(self, name, command):
+        """Run `sidecar.py command` in a container, as an exec hook does, and return what it printed."""
+        return run("podman", "exec", name, "python3", "/app/sidecar.py", command)
+
+    def post(self, name, path):
+        """Call the API from within a container."""
+        run("podman", "exec", name, "python3", "-c", "import urllib.request as u; "
+            "u.urlopen(u.Request('http://127.0.0.1:8081%s', method='POST'))" % path)
+
+    def logs(self, name):
+        return run("podman", "logs", name, stderr=subprocess.STDOUT)
+
+    def inspect(self, thing, what):
+        return json.loads(run("podman", "inspect", "--format", "{{json %s}}" % what, thing))
+
+    def test_layers_are_the_copied_files(self):
+        base = self.inspect(BASE, ".RootFS.Layers")
+        for target, files in ("sidecar", ["sidecar.py"]), ("echo-bot", ["echo_bot.py", "sidecar.py"]):
+            layers = self.inspect(self.images[target], ".RootFS.Layers")
+            self.assertEqual(layers[:len(base)], base)
+            self.assertEqual(len(layers) - len(base), len(files))
+            listed = run("podman", "run", "--rm", "--network", "none", *self.LOCKED_DOWN, "--entrypoint", "python3",
+                         self.images[target], "-c", "import os; os.chdir('/app')\n"
+                         "for name in sorted(os.listdir()): print(name, oct(os.stat(name).st_mode))")
+            self.assertEqual(listed.splitlines(), [name + " 0o100444" for name in files])
+
+    def test_labels(self):
+        version = run(sys.executable, os.path.join(HERE, "sidecar.py"), "--version").split()[1]
+        for target, image in self.images.items():
+            labels = self.inspect(image, ".Config.Labels")
+            prefix = "org.opencontainers.image."
+            self.assertEqual(labels[prefix + "title"], target)
+            self.assertEqual(labels[prefix + "version"], version)
+            self.assertEqual(labels[prefix + "base.name"], BASE)
+            self.assertTrue(labels[prefix + "description"])
+
+    def test_runs_as_nobody_with_nothing_allowed(self):
+        status = run("podman", "exec", self.sidecar_container(), "python3", "-c",
+                     "print(open('/proc/1/cmdline').read().replace('\\0', ' '))\n"
+                     "print(*(line for line in open('/proc/1/status') if line[:3] in ('Uid', 'Gid', 'Cap')))\n"
+                     "for path in '/app/x', '/home/nonroot/x', '/etc/x':\n"
+                     "    try: open(path, 'w')\n"
+                     "    except OSError as error: print(error.strerror)")
+        self.assertEqual(status.splitlines()[0].strip(), "python3 /app/sidecar.py")
+        self.assertEqual([line.split()[1] for line in status.splitlines() if ":\t" in line],
+                         ["65532"] * 2 + ["0" * 16] * 5)
+        self.assertEqual(status.count("Read-only file system"), 3)
+
+    def test_health_status(self):
+        name = self.sidecar_container()
+        self.assertEqual(self.inspect(self.images["sidecar"], ".HealthCheck")["Test"],
+                         ["CMD", "python3", "/app/sidecar.py", "health"])
+        run("podman", "healthcheck", "run", name)
+        self.assertEqual(self.inspect(name, ".State.Health.Status"), "healthy")
+        broken = self.sidecar_container(SIDECAR_URL="http://127.0.0.1:1")
+        with self.assertRaises(AssertionError):
+            run("podman", "healthcheck", "run", broken)
+
+    def test_stop_waits_for_the_open_request(self):
+        name = self.sidecar_container()
+        worker = self.worker_of(name)
+        self.post(worker, "/start-request")
+        stop = self.program("podman", "stop", "--time", PATIENCE, name)
+        until(lambda: "drain started" in self.logs(name))
+        with self.assertRaises(AssertionError):
+            self.ask(worker, "ready")
+        self.assertIn('"active_requests": 1', self.ask(worker, "metrics"))
+        self.assertIsNone(stop.process.poll())
+        self.post(worker, "/end-request")
+        self.assertEqual(stop.wait(), 0)
+        self.assertEqual(self.inspect(name, ".State.ExitCode"), 0)
+
+    def test_stop_past_the_grace_period(self):
+        name = self.sidecar_container(GRACE_PERIOD_SECONDS=1)
+        self.post(name, "/start-request")
+        run("podman", "stop", "--time", PATIENCE, name)
+        self.assertEqual(self.inspect(name, ".State.ExitCode"), 1)
+        self.assertIn("still active", self.logs(name))
+
+    def test_echo_bot_image_runs_both(self):
+        echo = run("podman", "run", "--rm", "--interactive", "--network", "none", *self.LOCKED_DOWN,
+                   self.images["echo-bot"], stdin=None, input=b"hello\n")
+        self.assertIn("Echo: hello", echo)
+        name = self.sidecar_container("/app/sidecar.py", image="echo-bot")
+        run("podman", "stop", "--time", PATIENCE, name)
+        self.assertEqual(self.inspect(name, ".State.ExitCode"), 0)
+
+    def test_readmes_docker_lines(self):
+        """Each of them, in their order, with podman for docker and names of the test's own."""
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            lines = re.findall(r"^docker ((?:run|exec|stop) .*)$", file.read(), re.MULTILINE)
+        self.assertEqual([line.split()[0] for line in lines], ["run", "run", "exec", "stop", "run"])
+        name = "test-%d-readme" % os.getpid()
+        self.addCleanup(run, "podman", "rm", "--force", "--ignore", "--time", 0, name)
+        for line in lines:
+            line = re.sub(r"(?<=[ :])sidecar(?= |$)", name, line).replace("-it", "--interactive")
+            line = re.sub(r"\b(sidecar|echo-bot):[0-9.]+", lambda match: self.images[match.group(1)], line)
+            if line.startswith("run"):
+                network = () if "--network" in line else ("--network", "none")
+                line = " ".join(("run",) + network + self.LIMITS) + line[len("run"):]
+            output = run("podman", *line.split(), stdin=None, input=b"hello\n")
+            if " -d " in line:
+                until(lambda: "listening" in self.logs(name))
+            if "/echo-bot:" in line:
+                self.assertIn("Echo: hello", output)
+            elif line.endswith("metrics"):
+                self.assertIn('"total_requests": 1,', output)
+
+
+@needs("kubectl, or the Python package PyYAML", MANIFESTS_BUILD)
+@needs_kafka
+class TestLifecycleOnKafka(KafkaCase):
+    """The bot of the manifest, its sidecar and a real Kafka."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.node = KafkaNode()
+        cls.brokers = cls.node.address
+        wait_for_kafka(cls.brokers)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.node.stop()
+        cls.node.remove()
+
+    def test_scaled_0_3_1_0_1_in_the_stream_each_update_is_answered_once(self):
+        self.topics(incoming=6, outgoing=3)
+        objects = kustomize()
+        settings = pick(objects, "ConfigMap")["data"]
+        settings.update(BOT_ID="b1", KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming,
+                        KAFKA_OUTGOING_TOPIC=self.outgoing, KAFKA_CONSUMER_GROUP=self.group)
+        sent, over = [], threading.Event()
+
+        def stream():
+            producer = self.producer()
+            while not over.wait(0.01):
+                record, = self.updates(1, first=len(sent))
+                producer.produce(self.incoming, **record)
+                sent.append(record)
+            producer.flush(PATIENCE)
+
+        streaming = threading.Thread(target=stream, daemon=True)
+        streaming.start()
+        self.addCleanup(over.set)
+        replies = Replies(self)
+        pods = in_threads(3, lambda number: Pod(self, objects).start())
+        for removed in pods[:2], pods[2:]:
+            replies.read(len(replies.texts) + 200)
+            for statuses in in_threads(len(removed), lambda number: removed[number].delete()):
+                self.assertEqual(statuses, {"sidecar": 0, "bot": 0})
+        Pod(self, objects).start()
+        over.set()
+        streaming.join()
+        replies.read(len(sent)).rest()
+        self.assertEqual(replies.texts, collections.Counter("Echo: m%d" % number for number in range(len(sent))))
+        until(lambda: self.lag(6) == 0, "every offset is committed")
 
 
 if __name__ == "__main__":
