@@ -6,12 +6,17 @@ SIDECAR_TEST_PEERS=none skips them all, SIDECAR_TEST_PEERS=all fails instead of 
 """
 import base64
 import collections
+import fcntl
 import hashlib
 import http.client
 import http.server
 import importlib.util
+import io
+import itertools
 import json
+import logging
 import os
+import pty
 import random
 import re
 import select
@@ -25,11 +30,14 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
+
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.path.join(HERE, ".ci", "cache")     # what .ci/run installs for the tests; git ignores it
@@ -107,7 +115,7 @@ class Program:
         self.process.wait()
         self.reader.join(PATIENCE)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if stream:
+            if stream and not self.reader.is_alive():       # a grandchild may hold the other end of the pipe
                 stream.close()
 
 
@@ -115,16 +123,17 @@ class SidecarProcess(Program):
     """A running sidecar.py on free ports of loopback. Any other keyword is a variable of its environment.
 
     `constants` are module constants with other values, so that a test need not wait for as long as a user would.
+    `launcher` is what stands in front of the command, such as unshare and its options.
     """
 
-    def __init__(self, *argv, constants=None, **env):
+    def __init__(self, *argv, constants=None, launcher=(), **env):
         settings = dict(SIDECAR_HOST="127.0.0.1", SIDECAR_PORT=0, METRICS_PORT=0, SIDECAR_URL=None)
         settings.update(env)
         command = [os.path.join(HERE, "sidecar.py")]
         if constants:
             command = ["-c", "import sys; sys.path.insert(0, %r); import sidecar; vars(sidecar).update(%r); "
                              "sys.exit(sidecar.main(sys.argv[1:]))" % (HERE, constants)]
-        super().__init__(sys.executable, *(command + list(argv)), env=settings)
+        super().__init__(*launcher, sys.executable, *(command + list(argv)), env=settings)
         try:
             match = self.wait_for(r"listening.*?http://(\S+):(\d+).*?http://\S+:(\d+)")
         except AssertionError:
@@ -4841,6 +4850,1026 @@ class TestLifecycleOnKafka(KafkaCase):
         replies.read(len(sent)).rest()
         self.assertEqual(replies.texts, collections.Counter("Echo: m%d" % number for number in range(len(sent))))
         until(lambda: self.lag(6) == 0, "every offset is committed")
+
+
+# How much of the long tests is run: 1 is the number that stands in them. .ci/run sets it for its last run.
+SCALE = float(os.environ.get("SIDECAR_TEST_SCALE", "0.1"))
+
+WORKER = r"""
+import os, signal, sys
+def say(text):
+    os.write(1, text.encode() + b"\n")      # in one piece, for the sidecar's log goes to the same pipe
+def tell(number, frame):
+    say("got " + signal.Signals(number).name)
+    if number == signal.SIGTERM and "stubborn" not in sys.argv:
+        sys.exit(3)
+for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+    signal.signal(number, tell)
+say("worker is up %s" % os.environ.get("SIDECAR_URL"))
+while True:
+    signal.pause()
+"""
+
+
+def child_of(pid):
+    """Return the first child of a process, as soon as there is one."""
+    def first():
+        with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
+            return int((file.read().split() or [0])[0])
+    return until(first, "a child of %d" % pid)
+
+
+class TestRun(Case):
+    """python sidecar.py run -- COMMAND"""
+
+    def worker(self, *argv, **env):
+        """Return a sidecar that runs WORKER, which is up."""
+        sidecar = self.sidecar("run", "--", sys.executable, "-c", WORKER, *argv, **env)
+        sidecar.wait_for("worker is up")
+        self.addCleanup(self.end_worker, sidecar)
+        return sidecar
+
+    @staticmethod
+    def end_worker(sidecar):
+        if sidecar.process.poll() is None:
+            os.kill(child_of(sidecar.process.pid), signal.SIGKILL)
+            sidecar.wait()
+
+    def done(self, *command, **options):
+        """Run a command under the sidecar to its end; return (status, output, errors)."""
+        env = dict(os.environ, SIDECAR_HOST="127.0.0.1", SIDECAR_PORT="0", METRICS_PORT="0")
+        options = dict(dict(env=env, timeout=PATIENCE, stdout=subprocess.PIPE, stderr=subprocess.PIPE), **options)
+        run = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--"] + list(command), **options)
+        return run.returncode, (run.stdout or b"").decode(), (run.stderr or b"").decode()
+
+    def test_the_worker_hears_of_sigterm_when_the_drain_is_over(self):
+        sidecar = self.worker()
+        self.assertEqual(sidecar.wait_for("worker is up (.*)").group(1), sidecar.url)
+        sidecar.post("/start-request?id=a")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], True)
+        for name in "ab":
+            self.assertNotIn("got ", sidecar.log)
+            self.assertEqual(sidecar.post("/end-request?id=" + name)[0], 200)
+        self.assertEqual(sidecar.wait(), 3)
+        sidecar.wait_for("drain completed")
+        self.assertEqual(sidecar.log.count("got "), 1)
+
+    def test_sigint_does_the_same_and_is_passed_on_as_such(self):
+        sidecar = self.worker()
+        sidecar.signal(signal.SIGINT)
+        sidecar.wait_for("got SIGINT")
+        sidecar.wait_for("drain completed")
+        self.assertIsNone(sidecar.process.poll())
+        sidecar.signal(signal.SIGTERM)                      # a second one
+        self.assertEqual(sidecar.wait(), 3)
+
+    def test_a_second_signal_is_passed_on_at_once(self):
+        sidecar = self.worker(GRACE_PERIOD_SECONDS="1h")
+        sidecar.post("/start-request?id=a")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 3)
+        sidecar.wait_for("request given up request_id=a age_seconds=")
+
+    def test_it_is_killed_when_the_grace_period_is_over(self):
+        sidecar = self.worker("stubborn", GRACE_PERIOD_SECONDS=0.3, constants={"LINGER_SECONDS": 0.1})
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 128 + signal.SIGKILL)
+        sidecar.wait_for("got SIGTERM")
+
+    def test_after_a_drain_that_ran_out_the_worker_has_a_moment(self):
+        sidecar = self.worker(GRACE_PERIOD_SECONDS=0.1, constants={"LINGER_SECONDS": PATIENCE})
+        sidecar.post("/start-request?id=a")
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 3)
+        sidecar.wait_for("still active request_id=a")
+        sidecar.wait_for("request given up request_id=a")
+
+    def test_when_the_worker_ends_so_does_the_sidecar_and_tells_what_was_in_flight(self):
+        sidecar = self.worker(GRACE_PERIOD_SECONDS="1h")
+        for name in "ab":
+            sidecar.post("/start-request?id=" + name)
+        waiting = []
+        caller = threading.Thread(target=lambda: waiting.append(sidecar.get("/drain")), daemon=True)
+        caller.start()
+        sidecar.wait_for("drain started")
+        os.kill(child_of(sidecar.process.pid), signal.SIGKILL)
+        self.assertEqual(sidecar.wait(), 128 + signal.SIGKILL)
+        for name in "ab":
+            sidecar.wait_for("request given up request_id=%s age_seconds=" % name)
+        sidecar.wait_for("worker ended status=137")
+        caller.join(PATIENCE)
+        self.assertEqual(len(waiting), 1)                   # whoever waited for a drain got an answer
+
+    def test_other_signals_are_passed_on_at_once(self):
+        sidecar = self.worker()
+        sidecar.post("/start-request")
+        for name in ("HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT", "ALRM", "URG", "IO", "PWR", "RTMIN", "RTMAX"):
+            sidecar.signal(getattr(signal, "SIG" + name))
+            sidecar.wait_for("got SIG(%s|%s)$" % (name, "POLL" if name == "IO" else name))
+        self.assertEqual(sidecar.active(), 1)
+        self.assertEqual(sidecar.get("/ready")[0], 200)
+
+    def test_exit_statuses(self):
+        for script, expected in (("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137), ("kill -15 $$", 143)):
+            self.assertEqual(self.done("sh", "-c", script)[0], expected, script)
+
+    def test_a_command_that_cannot_be_run_is_one_line(self):
+        with tempfile.TemporaryDirectory() as folder:
+            script = os.path.join(folder, "script")
+            with open(script, "w") as file:
+                file.write("no program\n")
+            for mode, command, expected in ((0o644, script, 126), (0o755, script, 126), (0o755, folder, 126),
+                                            (0o755, "no-such-command", 127), (0o755, script + "/x", 127),
+                                            (0o755, folder + "/no-such-command", 127)):
+                os.chmod(script, mode)
+                status, output, errors = self.done(command)
+                self.assertEqual((status, output, errors.count("\n")), (expected, "", 1), errors)
+                self.assertIn(command, errors)
+
+    def test_without_a_command_it_is_one_line_and_2(self):
+        for argv in (["run"], ["run", "--"], ["run", "true"]):
+            run = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py")] + argv, stderr=subprocess.PIPE, timeout=PATIENCE)
+            self.assertEqual((run.returncode, run.stderr.count(b"\n")), (2, 1), argv)
+
+    def test_what_the_worker_inherits(self):
+        """Standard input, output and errors, other descriptors, signal mask and dispositions: as without the sidecar."""
+        with tempfile.TemporaryFile() as file:
+            os.set_inheritable(file.fileno(), True)
+            script = ("read line; echo out $line; echo err >&2; ls -l /proc/self/fd | sed 's/.*[0-9][0-9]:[0-9][0-9] //' | "
+                      "grep -c tmp; exec grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
+            options = dict(input=b"in\n", close_fds=False)
+            plain = subprocess.run([shutil.which("sh"), "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE, **options)
+            status, output, errors = self.done("sh", "-c", script, **options)
+        self.assertEqual((status, output), (0, plain.stdout.decode()))
+        self.assertIn("err\n", errors)
+        descriptors = self.done(sys.executable, "-c", "import os; print(len(os.listdir('/proc/self/fd')))")[1]
+        self.assertEqual(descriptors, "4\n")                # three, and the one of listdir: no socket of the sidecar's
+
+    def test_a_parent_that_ignored_sigchld(self):
+        """Such a disposition is inherited, and the kernel then tells nobody how a child ended."""
+        ignoring = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+        run = subprocess.run([sys.executable, "-c", ignoring, sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--",
+                              "sh", "-c", "exit 7"], env=dict(os.environ, SIDECAR_PORT="0", METRICS_PORT="0"),
+                             stderr=subprocess.DEVNULL, timeout=PATIENCE)
+        self.assertEqual(run.returncode, 7)
+
+    def test_at_a_terminal_the_worker_gets_each_key_once(self):
+        """Ctrl-C, and what else a terminal sends to all of its foreground processes."""
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.environ.update(SIDECAR_PORT="0", METRICS_PORT="0", GRACE_PERIOD_SECONDS="1h")
+            os.execv(sys.executable, [sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--", sys.executable, "-c", WORKER])
+        shown = b""
+        try:
+            while b"worker is up" not in shown or b"listening" not in shown:
+                shown += os.read(terminal, 4096)
+            os.write(terminal, b"\x03")                     # SIGINT
+            while b"got SIGINT" not in shown:
+                shown += os.read(terminal, 4096)
+            os.write(terminal, b"\x1c")                     # SIGQUIT
+            while b"got SIGQUIT" not in shown:
+                shown += os.read(terminal, 4096)
+            fcntl.ioctl(terminal, 0x5414, struct.pack("HHHH", 7, 7, 7, 7))      # TIOCSWINSZ
+            while b"got SIGWINCH" not in shown:
+                shown += os.read(terminal, 4096)
+            os.kill(pid, signal.SIGTERM)                    # no terminal's, so it drains and passes it on
+            while True:
+                try:
+                    piece = os.read(terminal, 4096)
+                except OSError:                             # the terminal's way to say that all have closed it
+                    break
+                shown += piece
+        finally:
+            os.close(terminal)
+            os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+        self.assertEqual(os.WEXITSTATUS(status), 3, shown)
+        self.assertEqual([shown.count(b"got " + name) for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
+        self.assertIn(b"drain completed", shown)
+
+    def test_nothing_wakes_up_while_idle(self):
+        for sidecar in (self.sidecar(), self.worker()):
+            sidecar.post("/start-request")
+            folder = "/proc/%d/task" % sidecar.process.pid
+
+            def switches():
+                told = {}
+                for task in os.listdir(folder):
+                    try:
+                        with open("%s/%s/status" % (folder, task)) as file:
+                            told[task] = int(file.read().rpartition("\nvoluntary_ctxt_switches:")[2].split()[0])
+                    except OSError:                         # the thread of the call above ends
+                        told[task] = None
+                return told
+
+            def unchanged():
+                before = switches()
+                time.sleep(1.5)                             # nothing to wait for: it is nothing that should happen
+                return before == switches()
+            until(unchanged, "an idle while")
+
+    def under(self, init, *command):
+        """Return a process that runs `command` under `init`, which is PID 1 of a namespace."""
+        return self.program("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *(tuple(init) + command),
+                            env={"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0})
+
+    INITS = {"sidecar": (sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--"), "tini": ("tini", "--"),
+             "dumb-init": ("dumb-init", "--")}
+    COUNT_ZOMBIES = r"""
+import os, sys, time
+for _ in range(int(sys.argv[1])):
+    if os.fork() == 0:
+        if os.fork():
+            os._exit(0)                                     # the grandchild is an orphan now, of PID 1
+        os._exit(0)
+    os.wait()
+def zombies():
+    count = 0
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%s/stat" % pid) as file:
+                count += file.read().rpartition(") ")[2][0] == "Z"
+        except OSError:
+            pass
+    return count
+over_at = time.monotonic() + 30
+while zombies() and time.monotonic() < over_at:
+    time.sleep(0.02)
+print("zombies:", zombies(), flush=True)
+"""
+
+    def reaps(self, init, orphans=20):
+        program = self.under(init, sys.executable, "-c", self.COUNT_ZOMBIES, str(orphans))
+        self.assertEqual(program.wait(), 0)
+        program.wait_for("zombies: 0$")
+
+    def statuses(self, init):
+        scripts = ("exit 0", "exit 1", "exit 7", "exit 255", "kill -9 $$", "kill -15 $$", "kill -1 $$", "kill -11 $$",
+                   "sleep 9 & exit 5")
+        return [self.under(init, "sh", "-c", script).wait() for script in scripts]
+
+    def signals(self, init):
+        """Return what a worker gets of the signals that PID 1 gets, and how both end."""
+        program = self.under(init, sys.executable, "-c", WORKER)
+        program.wait_for("worker is up")
+        pid_1 = child_of(program.process.pid)
+        for name in ("HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT", "ALRM", "TERM"):
+            os.kill(pid_1, getattr(signal, "SIG" + name))
+            program.wait_for("got SIG" + name)
+        return [line for line in program.lines if line.startswith("got")], program.wait()
+
+    @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
+    def test_as_pid_1(self):
+        self.reaps(self.INITS["sidecar"])
+        self.assertEqual(self.statuses(self.INITS["sidecar"]), [0, 1, 7, 255, 137, 143, 129, 139, 5])
+        got, status = self.signals(self.INITS["sidecar"])
+        self.assertEqual((len(got), status), (8, 3))
+
+    @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
+    def test_a_fork_bombs_leftovers(self):
+        self.reaps(self.INITS["sidecar"], orphans=max(int(5000 * SCALE), 100))
+
+    @needs("tini and dumb-init in namespaces", NAMESPACES and shutil.which("tini") and shutil.which("dumb-init"))
+    def test_beside_tini_and_dumb_init(self):
+        ours = self.INITS["sidecar"]
+        for name in ("tini", "dumb-init"):
+            theirs = self.INITS[name]
+            self.reaps(theirs)
+            self.assertEqual(self.statuses(theirs), self.statuses(ours), name)
+            self.assertEqual(self.signals(theirs), self.signals(ours), name)
+        for command in ("no-such-command", "/", os.path.join(HERE, "test_sidecar.py")):
+            self.assertEqual(self.under(self.INITS["tini"], command).wait(), self.under(ours, command).wait(), command)
+
+
+class FakeTime:
+    """What sidecar.py uses of `time`, with a clock that only the test moves."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.gmtime, self.strftime = time.gmtime, time.strftime
+
+    def monotonic(self):
+        return self.now
+
+    def time(self):
+        return self.now + 1.6e9
+
+
+class ScriptedCondition(threading.Condition().__class__):
+    """A Condition whose wait() lets the test do what other threads would do, until it is notified or its time is over."""
+
+    def __init__(self, meanwhile):
+        super().__init__()
+        self.meanwhile, self.waiting = meanwhile, []
+
+    def wait(self, timeout=None):
+        waiter = types.SimpleNamespace(notified=False)
+        self.waiting.append(waiter)
+        self.meanwhile(waiter, timeout)
+        self.waiting.pop()                                  # calls within calls: the last in is the first out
+
+    def notify_all(self):
+        for waiter in self.waiting:
+            waiter.notified = True
+
+
+class Model:
+    """The design of the tracker, as plainly as possible: a list of requests, and what was recorded."""
+
+    def __init__(self, now, grace, quiet, timeout):
+        self.grace, self.quiet, self.timeout = grace, quiet, timeout or float("inf")
+        self.active, self.given_up, self.ended = [], [], set()      # requests: [id, start, has the worker brought the id?]
+        self.total = self.unmatched = self.expired = 0
+        self.durations = []
+        self.idle_since = now
+        self.drain = None                                           # [start, end, completed, final]
+
+    def give_up(self, request, now):
+        self.active.remove(request)
+        self.given_up.append(request)
+        self.expired += 1
+        self.idle_since = now
+
+    def pass_time(self, now):
+        for request in [request for request in self.active if now >= request[1] + self.timeout]:
+            self.give_up(request, now)
+        if self.drain and self.drain[1] is not None and not self.drain[3] and now >= self.drain[1] + self.grace:
+            self.drain = None
+
+    def start(self, now, name):
+        self.pass_time(now)
+        if self.drain and self.drain[1] is not None and not self.drain[3]:
+            self.drain = None
+        if name is None or all(request[0] != name for request in self.active):
+            self.total += 1
+            self.given_up = [request for request in self.given_up if name is None or request[0] != name]
+            self.active.append([name, now, name is not None])
+
+    def end(self, now, name, seconds):
+        """Return whether there was one to end."""
+        self.pass_time(now)
+
+        def matches(request):
+            return request[0] == name if name is not None else not request[2]
+        ending = next(filter(matches, self.active), None)
+        if ending:
+            self.active.remove(ending)
+            self.idle_since = now
+        else:
+            ending = next(filter(matches, self.given_up), None)
+            if ending:
+                self.given_up.remove(ending)
+        if ending:
+            self.durations.append(now - ending[1] if seconds is None else seconds)
+            self.ended.add(name)
+        elif name is None or name not in self.ended:
+            self.unmatched += 1
+            return False
+        return True
+
+    def reset(self, now):
+        self.pass_time(now)
+        for request in list(self.active):
+            self.give_up(request, now)
+
+    def begin_drain(self, now, final):
+        self.pass_time(now)
+        if not self.drain:
+            self.drain = [now, None, None, final]
+        self.drain[3] = self.drain[3] or final
+        if final and not self.drain[2]:
+            self.drain[1] = self.drain[2] = None
+
+    def drain_is_over(self, now):
+        return now >= self.drain[0] + self.grace or \
+            not self.active and now >= max(self.drain[0], self.idle_since) + self.quiet
+
+    def phase(self):
+        return "serving" if not self.drain else "draining" if self.drain[1] is None else "drained"
+
+
+class TestModel(unittest.TestCase):
+    """Random sequences of calls, against Model. The tracker is called through the endpoints, with a clock of the test's own."""
+
+    SEQUENCES, STEPS = 4000, 40
+    DURATIONS = (("1.2s", 1.2), ("350ms", 0.35), ("0s", 0.0), ("150%C2%B5s", 150e-6), ("1m2.5s", 62.5), ("61", 61.0), ("5ms", 0.005))
+    BAD_DURATIONS = ("", "abc", "-1s", "nan", "1e999s", "1%20s")
+    BAD_IDS = ("id=", "id=a&id=b", "id=%00", "id=" + "x" * 129)
+
+    def setUp(self):
+        silent = logging.NullHandler()
+        sidecar_module.log.addHandler(silent)
+        self.addCleanup(sidecar_module.log.removeHandler, silent)
+        real = sidecar_module.time
+        self.addCleanup(setattr, sidecar_module, "time", real)
+
+    def test_random_sequences(self):
+        steps = 0
+        for seed in range(max(int(self.SEQUENCES * SCALE), 100)):
+            self.random = random.Random(seed)
+            try:
+                steps += self.sequence()
+            except AssertionError as error:
+                raise AssertionError("seed %d: %s" % (seed, error)) from error
+        self.assertGreater(steps, 0)
+
+    def sequence(self):
+        pick = self.random.choice
+        self.clock = sidecar_module.time = FakeTime()
+        grace, quiet, timeout = pick((0.0, 5.0, 30.0)), pick((0.0, 0.0, 2.0)), pick((0.0, 0.0, 4.0, 40.0))
+        self.tracker = sidecar_module.RequestTracker(grace, quiet, timeout)
+        self.tracker._condition = ScriptedCondition(self.meanwhile)
+        self.routes = sidecar_module.Api(self.tracker, sidecar_module.parse_networks("")).routes
+        self.model = Model(self.clock.now, grace, quiet, timeout)
+        self.names, self.handed_out = ["a", "b", "c"], []
+        self.left = self.STEPS
+        while self.left > 0:
+            self.step()
+        return self.STEPS
+
+    def call(self, path, query=""):
+        """Return (status, JSON) of a POST."""
+        request = sidecar_module.Request("POST", path, query, {}, True, "127.0.0.1")
+        try:
+            answer = self.routes["POST", path](request)
+        except sidecar_module.HTTPError as error:
+            answer = error.answer
+        return answer.status, json.loads(answer.body)
+
+    def step(self, most=60.0):
+        """Do something at random, or let up to `most` seconds pass; then compare all figures."""
+        self.left -= 1
+        kind = self.random.choice(("start", "start", "start", "end", "end", "end", "bad", "time", "time", "reset", "drain"))
+        if kind == "time":
+            self.clock.now = min(self.clock.now + self.random.choice((0.001, 1.0, 3.0, 20.0)), self.clock.now + most)
+        elif kind == "drain":
+            self.drain(final=self.random.random() < 0.2)
+        elif kind == "reset" and self.random.random() < 0.5:
+            count = len(self.model.active)
+            self.model.pass_time(self.clock.now)
+            self.assertEqual(self.call("/reset"), (200, {"given_up": len(self.model.active)}), count)
+            self.model.reset(self.clock.now)
+        elif kind == "start":
+            self.start(self.random.choice([None, None] + self.names))
+        elif kind == "end":
+            self.end(self.random.choice([None, None] + self.names + self.handed_out[-2:]))
+        elif kind == "bad":
+            for path in ("/start-request", "/end-request"):
+                self.assertEqual(self.call(path, self.random.choice(self.BAD_IDS))[0], 400)
+        self.compare()
+
+    def start(self, name):
+        status, answer = self.call("/start-request", "" if name is None else "id=" + name)
+        self.model.start(self.clock.now, name)
+        self.assertEqual(status, 200)
+        if name is None:
+            self.assertNotIn(answer["request_id"], self.handed_out)
+            self.handed_out.append(answer["request_id"])
+            self.model.active[-1][0] = answer["request_id"]
+        else:
+            self.assertEqual(answer["request_id"], name)
+        self.check_advice(answer)
+
+    def end(self, name):
+        text, seconds = self.random.choice(((None, None),) + self.DURATIONS + tuple((bad, None) for bad in self.BAD_DURATIONS))
+        query = [] if name is None else ["id=" + name]
+        query += [] if text is None else ["duration=" + text]
+        self.random.shuffle(query)
+        status, answer = self.call("/end-request", "&".join(query))
+        known = self.model.end(self.clock.now, name, seconds)
+        self.assertEqual(status, 409 if not known else 400 if text is not None and seconds is None else 200)
+        self.check_advice(answer)
+
+    def check_advice(self, answer):
+        self.assertEqual((answer["active_requests"], answer["draining"]), (len(self.model.active), self.model.drain is not None))
+
+    def drain(self, final):
+        self.model.begin_drain(self.clock.now, final)
+        if self.model.drain[1] is None and self.model.drain_is_over(self.clock.now):
+            self.end_drain()
+        if final:
+            completed = self.tracker.drain(final=True)
+        else:
+            completed = self.call("/drain")[0] == 200
+        self.assertIsNotNone(self.drained)
+        self.assertEqual(completed, self.drained)
+
+    def end_drain(self):
+        self.model.drain[1], self.model.drain[2] = self.clock.now, not self.model.active
+
+    @property
+    def drained(self):
+        return self.model.drain and self.model.drain[2]
+
+    def meanwhile(self, waiter, timeout):
+        """While a drain waits: others call, time passes. As soon as it is over, the drain must have been woken."""
+        sleeps_until = self.clock.now + timeout
+        while not waiter.notified and self.clock.now < sleeps_until:
+            if self.left > 0 and len(self.tracker._condition.waiting) < 3:
+                self.step(most=sleeps_until - self.clock.now)
+            else:
+                self.clock.now = sleeps_until
+            self.model.pass_time(self.clock.now)
+            if self.model.drain[1] is None and self.model.drain_is_over(self.clock.now):
+                self.assertTrue(waiter.notified or self.clock.now >= sleeps_until, "a drain that is over was not woken")
+                self.end_drain()
+
+    def compare(self):
+        model, snapshot = self.model, self.tracker.snapshot()
+        model.pass_time(self.clock.now)
+        if model.drain and model.drain[1] is None and model.drain_is_over(self.clock.now):
+            return                                          # who waits for it is about to wake up: compared after that
+        counts = [0] * (len(sidecar_module.BUCKETS) + 1)
+        for seconds in model.durations:
+            counts[sum(seconds > bound for bound in sidecar_module.BUCKETS)] += 1
+        self.assertEqual(
+            (snapshot["active_requests"], snapshot["total_requests"], snapshot["unmatched_ends"], snapshot["expired_requests"],
+             snapshot["duration_counts"], snapshot["phase"]),
+            (len(model.active), model.total, model.unmatched, model.expired, counts, model.phase()))
+        self.assertAlmostEqual(snapshot["duration_sum"], sum(model.durations))
+        self.assertAlmostEqual(snapshot["idle_duration_seconds"], 0 if model.active else self.clock.now - model.idle_since)
+        self.assertEqual([age for _, age in self.tracker.active_requests()],
+                         [self.clock.now - request[1] for request in model.active])
+
+
+def figures(pid):
+    """Return (resident bytes, threads, descriptors) of a process."""
+    with open("/proc/%d/status" % pid) as file:
+        status = file.read()
+
+    def field(name):
+        return int(status.partition("\n%s:" % name)[2].split()[0])
+    return field("VmRSS") * 1024, field("Threads"), len(os.listdir("/proc/%d/fd" % pid))
+
+
+def read_answers(connection):
+    """Return [(status, body), ...] as http.client reads them, all up to the end of the connection."""
+    pieces, answers = [b""], []
+    try:
+        pieces.extend(iter(lambda: connection.recv(1 << 18), b""))
+    except ConnectionError:                 # closed with bytes of ours unread
+        pass
+    received = b"".join(pieces)
+    if received.endswith(b"HTTP/1.1 100 Continue\r\n\r\n"):        # and then the body did not come
+        received = received[:-25]
+    stream = io.BytesIO(received)
+    stream.close = lambda: None             # http.client would close it with the first answer
+    while stream.tell() < len(received):
+        answer = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: stream))
+        answer.begin()                      # it passes over a 100
+        answers.append((answer.status, answer.read()))
+    return answers
+
+
+class TestLoad(Case):
+    """Many clients, and hostile ones, at once."""
+
+    PAIRS, CLIENTS = 200000, 64
+
+    def test_many_clients_with_retries(self):
+        """Pairs of start and end from 64 keep-alive connections, pipelined; any of them may come twice, as after a time-out."""
+        sidecar = self.sidecar(constants={"REMEMBERED": self.PAIRS})       # all ends: a retry may be late here
+        pairs = int(self.PAIRS * SCALE) // self.CLIENTS
+
+        def client(number):
+            choice = random.Random(number)
+            with sidecar.raw(b"") as connection:
+                for first in range(0, pairs, 50):
+                    requests = []
+                    for turn in range(first, min(first + 50, pairs)):
+                        for path in ("start", "end"):
+                            request = b"POST /%s-request?id=%d-%d HTTP/1.1\r\n\r\n" % (path.encode(), number, turn)
+                            requests += [request] * choice.choice((1, 1, 1, 2, 3))
+                    connection.sendall(b"".join(requests))
+                    received = b""
+                    while received.count(b"HTTP/1.1 ") < len(requests):
+                        piece = connection.recv(1 << 18)
+                        self.assertTrue(piece, received[-300:])
+                        received += piece
+                    self.assertEqual(received.count(b"HTTP/1.1 200 OK\r\n"), len(requests))
+
+        in_threads(self.CLIENTS, client)
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], pairs * self.CLIENTS)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), pairs * self.CLIENTS)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+
+    def test_threads_on_the_tracker(self):
+        """The same without HTTP, so that the threads meet in the tracker far more often; a third has no id."""
+        silent = logging.NullHandler()
+        sidecar_module.log.addHandler(silent)
+        self.addCleanup(sidecar_module.log.removeHandler, silent)
+        remembered = sidecar_module.REMEMBERED
+        self.addCleanup(setattr, sidecar_module, "REMEMBERED", remembered)
+        sidecar_module.REMEMBERED = self.PAIRS
+        tracker = sidecar_module.RequestTracker()
+        pairs = int(self.PAIRS * SCALE) // self.CLIENTS
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        sys.setswitchinterval(1e-5)
+
+        def client(number):
+            choice = random.Random(number)
+            for turn in range(pairs):
+                name = "%d-%d" % (number, turn) if turn % 3 else None
+                for _ in range(choice.choice((1, 2)) if name else 1):
+                    tracker.start(name)
+                for _ in range(choice.choice((1, 2)) if name else 1):
+                    known, active, _ = tracker.end(name, 0.001)
+                    self.assertTrue(known)
+                    self.assertGreaterEqual(active, 0)
+
+        in_threads(self.CLIENTS, client)
+        snapshot = tracker.snapshot()
+        self.assertEqual((snapshot["active_requests"], snapshot["total_requests"], sum(snapshot["duration_counts"]),
+                          snapshot["unmatched_ends"]), (0, pairs * self.CLIENTS, pairs * self.CLIENTS, 0))
+
+
+class TestFuzz(Case):
+    """Mutated requests: no traceback, no hang, no lost count, no growth; and every answer is one that http.client reads."""
+
+    REQUESTS = 100000
+    SEEDS = [
+        b"POST /start-request?id=%(id)s HTTP/1.1\r\nHost: localhost:8081\r\nUser-Agent: fuzz\r\n\r\n",
+        b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
+        b"POST /start-request?id=%(id)s&x=1 HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n1\r\n!\r\n0\r\nT: x\r\n\r\n",
+        b"POST /end-request?duration=1m2.5s HTTP/1.1\r\nAccept: */*\r\nConnection: keep-alive\r\n\r\n",
+        b"POST /end-request?id=%(id)s&duration=150%%C2%%B5s HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
+        b"POST /end-request?id=%(id)s&duration=5.1e-05s HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
+        b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text;version=1.0.0\r\nAccept-Encoding: gzip\r\n\r\n",
+        b"GET /requests HTTP/1.1\r\n\r\n",
+        b"GET http://localhost:8081/ready?x=%%00 HTTP/1.1\r\nOrigin: http://[::1]:8081\r\n\r\n",
+        b"POST /reset HTTP/1.1\r\n\r\n",
+    ]
+    TOKENS = [b"\r\n", b"\n", b"\r", b"\x00", b" ", b":", b"%", b"%ff", b"?", b"&", b"=", b";", b"#", b"\xff\xfe", b"\xc2\xb5", b"-1",
+              b"0", b"99999999999999999999", b"0x10", b"GET ", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/9.9", b"Content-Length: 3\r\n",
+              b"Content-Length: 70000\r\n", b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: identity\r\n", b"Expect: 100-continue\r\n",
+              b"Connection: close\r\n", b" folded\r\n", b"x" * 9000, b"A: b\r\n" * 3000, b"\t", b"[", b"duration=", b"nan", b"\x1b[2J", b"\x85"]
+
+    def mutated(self, choice, number):
+        data = bytearray(choice.choice(self.SEEDS) % {b"id": b"fuzz-%d-%d" % (number, number)})
+        for _ in range(choice.choice((0, 1, 1, 1, 2, 3, 8))):
+            kind, at = choice.randrange(6), choice.randrange(len(data) + 1)
+            if kind == 0:
+                data[at:at + 1] = bytes([choice.randrange(256)])
+            elif kind == 1:
+                del data[at:at + choice.choice((1, 1, 2, 20))]
+            elif kind == 2:
+                data[at:at] = data[at:at + 20]
+            else:
+                data[at:at + choice.choice((0, 0, 1, 5))] = choice.choice(self.TOKENS[:-1] if kind == 5 else self.TOKENS[:20])
+        return bytes(data)
+
+    def check(self, answers):
+        """Take note of the answers of one connection; each is well-formed, and an error is told in JSON."""
+        for status, body in answers:
+            self.statuses[status] = self.statuses.get(status, 0) + 1
+            if status == 200 and b'"request_id": "' in body and body[:1] == b"{":
+                self.started.append(json.loads(body.decode())["request_id"])
+            self.assertNotEqual(status, 500, body)
+            if status >= 400 and body:
+                self.assertIn("error", json.loads(body.decode()))
+
+    def exchange(self, sidecar, pieces_of):
+        """Send each list of pieces over a connection of its own, all of them piece by piece at once; check the answers."""
+        connections = [sidecar.raw(b"") for _ in pieces_of]
+        for connection in connections:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for pieces in itertools.zip_longest(*pieces_of):
+            for connection, piece in zip(connections, pieces):
+                if piece:
+                    try:
+                        connection.sendall(piece)
+                    except OSError:                         # answered and closed already: an error was in the first piece
+                        pass
+        answers = []
+        for connection in connections:
+            try:
+                connection.shutdown(socket.SHUT_WR)
+            except OSError:                                 # closed already
+                pass
+            answers.append(read_answers(connection))
+            self.check(answers[-1])
+            connection.close()
+        return answers
+
+    def setUp(self):
+        self.statuses, self.started = {}, []
+
+    def settled(self, sidecar):
+        """Return its memory, once no connection is left: no descriptor, and no thread but the spare ones."""
+        def alone():
+            memory, threads, descriptors = figures(sidecar.process.pid)
+            spare = 2 * sidecar_module.SPARE_THREADS
+            return memory if threads <= self.alone[1] + spare and descriptors <= self.alone[2] else None
+        return until(alone, "an end of all connections")
+
+    def test_mutated_requests(self):
+        sidecar = self.sidecar()
+        self.alone = figures(sidecar.process.pid)
+        total, number, before = int(self.REQUESTS * SCALE), 0, None
+        choice = random.Random(8)
+        while number < total:
+            batch = []
+            for _ in range(32):                             # each connection: three requests, in up to four pieces
+                data = b"".join(self.mutated(choice, number + turn) for turn in range(3))
+                number += 3
+                cuts = sorted(choice.randrange(len(data) + 1) for _ in range(choice.randrange(4)))
+                batch.append([data[start:end] for start, end in zip([0] + cuts, cuts + [len(data)])])
+            self.exchange(sidecar, batch)
+            if before is None and number > total // 4:
+                sidecar.post("/reset")
+                before = self.settled(sidecar)
+        sidecar.post("/reset")
+        self.assertLess(self.settled(sidecar) - before, 8 << 20)
+        self.counts_agree(sidecar)
+        self.assertGreater(self.statuses.get(200, 0), total // 10, self.statuses)
+        self.assertGreater(self.statuses.get(400, 0), total // 20, self.statuses)
+
+    def counts_agree(self, sidecar):
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.get("/health")[0], 200)
+        metrics = sidecar.get("/metrics")[1]
+        self.assertLessEqual(len(set(self.started)), metrics["total_requests"])     # an id may have come twice
+        self.assertLessEqual(metrics["total_requests"], len(self.started))
+        ended = sidecar.sample("sidecar_request_duration_seconds_count")
+        self.assertLessEqual(metrics["total_requests"] - metrics["expired_requests"], ended)    # late ends are in both
+        sidecar.post("/start-request")
+        self.assertEqual(sidecar.post("/end-request")[1]["active_requests"], 0)
+        for line in sidecar.lines:
+            self.assertRegex(line, "^[-0-9]{10}T[:0-9]{8}Z (INFO (listening|signal)|WARNING request given up) ")
+
+    def test_pieces_cut_at_every_byte(self):
+        sidecar = self.sidecar()
+        for number, seed in enumerate(self.SEEDS):
+            data = seed % {b"id": b"cut-%d" % number}
+            cuts = range(1, len(data), 1 if SCALE >= 1 else 3)
+            for answers in self.exchange(sidecar, [[data[:cut], data[cut:]] for cut in cuts]):
+                self.assertEqual(len(answers), 1, seed)
+                self.assertIn(answers[0][0], (200, 409), seed)
+        self.assertEqual([list(sidecar.post("/reset")[1]), sidecar.active()], [["given_up"], 0])
+
+
+class TestFaults(Case):
+    """What goes wrong around the sidecar: it counts on, drains, and says so where it can."""
+
+    def serves(self, sidecar):
+        """Check that it counts and shows; leave nothing active."""
+        self.assertEqual(sidecar.post("/start-request?id=a")[0], 200)
+        self.assertEqual(sidecar.active(), 1)
+        self.assertIn("sidecar_active_requests 1\n", sidecar.prometheus())
+        self.assertEqual(sidecar.post("/end-request?id=a")[0], 200)
+        self.assertEqual(sidecar.active(), 0)
+
+    def drains(self, sidecar):
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 0)
+
+    def silent(self, redirection, **env):
+        """Return a sidecar whose log cannot be read, so its ports are picked before."""
+        with socket.socket() as api, socket.socket() as metrics:
+            for free in (api, metrics):
+                free.bind(("127.0.0.1", 0))
+            ports = [free.getsockname()[1] for free in (api, metrics)]
+        settings = dict(env, SIDECAR_HOST="127.0.0.1", SIDECAR_PORT=ports[0], METRICS_PORT=ports[1])
+        program = self.program("sh", "-c", 'exec "$@" ' + redirection, "sh", sys.executable, os.path.join(HERE, "sidecar.py"),
+                               env=settings)
+        sidecar = SidecarProcess.__new__(SidecarProcess)
+        vars(sidecar).update(vars(program), host="127.0.0.1", port=ports[0], metrics_port=ports[1])
+
+        def answers():
+            try:
+                return sidecar.get("/health")[0] == 200
+            except OSError:
+                return False
+        until(answers, "an answer")
+        return sidecar
+
+    def test_no_descriptors_left(self):
+        sidecar = self.sidecar(launcher=("sh", "-c", 'ulimit -n 64; exec "$@"', "sh"))
+        with sidecar.raw(b"POST /start-request?id=a HTTP/1.1\r\n\r\n") as worker:
+            self.assertTrue(worker.recv(65536).startswith(b"HTTP/1.1 200 "))
+            held = [sidecar.raw(b"") for _ in range(100)]
+            sidecar.wait_for("ERROR no connection accepted")
+            worker.sendall(b"POST /end-request?id=a HTTP/1.1\r\n\r\n")          # who is connected is served
+            self.assertTrue(worker.recv(65536).startswith(b"HTTP/1.1 200 "))
+            for connection in held:
+                connection.close()
+            self.serves(sidecar)                                                # and so are all, once there are some again
+            self.assertEqual(sidecar.log.count("no connection accepted"), 1)
+            self.drains(sidecar)
+
+    def test_a_connection_that_is_reset_before_it_is_refused(self):
+        sidecar = self.sidecar()
+        held = [sidecar.raw(b"") for _ in range(512)]
+        self.addCleanup(lambda: [connection.close() for connection in held])
+        until(lambda: figures(sidecar.process.pid)[1] >= 512)
+        sidecar.signal(signal.SIGSTOP)
+        reset = sidecar.raw(b"GET /health HTTP/1.1\r\n\r\n")
+        reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset.close()
+        sidecar.signal(signal.SIGCONT)
+        while held:
+            held.pop().close()
+        until(lambda: figures(sidecar.process.pid)[1] < 512)
+        self.serves(sidecar)
+        self.assertEqual(len(sidecar.lines), 1, sidecar.log)
+
+    def test_a_body_that_never_comes(self):
+        sidecar = self.sidecar(constants={"REQUEST_SECONDS": 0.3})              # and IDLE_SECONDS stay 60
+        for fields in (b"Content-Length: 5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"):
+            self.assertEqual([status for status, _, _ in sidecar.answers(b"POST /start-request HTTP/1.1\r\n" + fields)], [408])
+        self.assertEqual(sidecar.active(), 0)
+
+    def test_stderr_is_closed(self):
+        for redirection in ("2>&-", "<&- 2>&-", "<&- >&- 2>&-"):
+            sidecar = self.silent(redirection, LOG_LEVEL="DEBUG")
+            answers = sidecar.answers(b"GET /health HTTP/1.1\r\n\r\n" * 3 + b"GET /health HTTP/1.0\r\n\r\n")
+            self.assertEqual([(status, body) for status, _, body in answers], [(200, '{"status": "ok"}\n')] * 4)
+            self.serves(sidecar)
+            self.drains(sidecar)
+        bad = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, os.path.join(HERE, "sidecar.py")],
+                             env=dict(os.environ, SIDECAR_PORT="x"), timeout=PATIENCE)
+        self.assertEqual(bad.returncode, 2)
+
+    def test_the_disk_is_full(self):
+        sidecar = self.silent("2>/dev/full", LOG_LEVEL="DEBUG")
+        self.serves(sidecar)
+        self.drains(sidecar)
+
+    def test_nobody_reads_the_log(self):
+        """A pipe that is full: nothing that the sidecar does may wait for it."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        fcntl.fcntl(writer, 1031, 4096)                     # F_SETPIPE_SZ
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, b"x")
+        except BlockingIOError:
+            os.set_blocking(writer, True)
+        os.set_inheritable(writer, True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        program = self._ends_with_test(Program(sys.executable, os.path.join(HERE, "sidecar.py"), stdout=subprocess.DEVNULL,
+                                               stderr=writer, env={"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": port,
+                                                                   "METRICS_PORT": 0, "LOG_LEVEL": "DEBUG"}))
+        os.close(writer)
+        sidecar = SidecarProcess.__new__(SidecarProcess)
+        vars(sidecar).update(vars(program), host="127.0.0.1", port=port)
+
+        def answers():
+            try:
+                return sidecar.get("/health")[0] == 200
+            except OSError:
+                return False
+        until(answers, "an answer")
+        for number in range(300):
+            sidecar.post("/start-request?id=%d" % number)
+            if number % 50 == 0:
+                os.read(reader, 4096)                       # so that some lines go out, and the pipe is full again
+        self.assertEqual(sidecar.active(), 300)
+        self.assertEqual(sidecar.post("/reset"), (200, {"given_up": 300}))
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.process.wait(PATIENCE), 0)
+
+    def test_the_wall_clock_jumps_back_by_a_day(self):
+        """Of each time that is waited for or told as an age, none is of the wall clock."""
+        with tempfile.TemporaryDirectory() as folder:
+            flag = os.path.join(folder, "jumped")
+            jumping = ("import os, sys, time; real = time.time; time.time = lambda: real() - 86400 * os.path.exists(%r); "
+                       "sys.path.insert(0, %r); import sidecar; sys.exit(sidecar.main([]))" % (flag, HERE))
+            sidecar = SidecarProcess.__new__(SidecarProcess)
+            Program.__init__(sidecar, sys.executable, "-c", jumping, env={
+                "SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0, "GRACE_PERIOD_SECONDS": 0.5})
+            self._ends_with_test(sidecar)
+            match = sidecar.wait_for(r"listening api=http://(\S+):(\d+) metrics=http://\S+:(\d+)")
+            sidecar.host, sidecar.port, sidecar.metrics_port = match.group(1), int(match.group(2)), int(match.group(3))
+            sidecar.post("/start-request?id=a")
+            sidecar.post("/start-request?id=b")
+            newest = sidecar.get("/metrics")[1]["last_request_time"]
+            open(flag, "w").close()
+            sidecar.post("/start-request?id=c")
+            self.assertLess(sidecar.get("/metrics")[1]["last_request_time"], newest)        # it has jumped
+            sidecar.post("/end-request?id=a")
+            self.assertLess(0, sidecar.sample("sidecar_request_duration_seconds_sum"))
+            self.assertLess(sidecar.sample("sidecar_request_duration_seconds_sum"), 2 * PATIENCE)
+            for entry in sidecar.get("/requests")[1]:
+                self.assertGreaterEqual(entry["age_seconds"], 0)
+            began = time.monotonic()
+            sidecar.signal(signal.SIGTERM)
+            self.assertEqual(sidecar.wait(), 1)             # the grace period was over
+            self.assertGreaterEqual(time.monotonic() - began, 0.5)
+            sidecar.wait_for("drain timed out active_requests=2 elapsed_seconds=0.[5-9]")
+
+    def test_stopped_and_continued_in_the_middle_of_a_drain(self):
+        for run in ((), ("run", "--", sys.executable, "-c", WORKER)):
+            sidecar = self.sidecar(*run, GRACE_PERIOD_SECONDS="1h")
+            if run:
+                sidecar.wait_for("worker is up")
+            sidecar.post("/start-request?id=a")
+            sidecar.signal(signal.SIGTERM)
+            sidecar.wait_for("drain started")
+            for _ in range(3):
+                sidecar.signal(signal.SIGSTOP)
+                late = sidecar.raw(b"POST /start-request?id=b HTTP/1.0\r\n\r\n")
+                sidecar.signal(signal.SIGCONT)
+                with late:
+                    self.assertIn(b'"active_requests": 2, "draining": true', late.recv(65536))
+            sidecar.post("/end-request?id=a")
+            sidecar.post("/end-request?id=b")
+            self.assertEqual(sidecar.wait(), 3 if run else 0)
+
+    def test_stopped_for_longer_than_the_grace_period(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.5)
+        sidecar.post("/start-request?id=a")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        sidecar.signal(signal.SIGSTOP)
+        time.sleep(0.6)                                     # it is the time that passes that is tested
+        sidecar.signal(signal.SIGCONT)
+        self.assertEqual(sidecar.wait(), 1)
+        sidecar.wait_for("still active request_id=a")
+
+    @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
+    def test_without_proc(self):
+        sidecar = self.sidecar(launcher=("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"))
+        self.serves(sidecar)
+        self.assertNotIn("process_", sidecar.prometheus())
+        self.drains(sidecar)
+
+    @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
+    def test_a_read_only_file_system_no_home_and_an_unknown_user(self):
+        sidecar = self.sidecar("run", "--", "sh", "-c", 'id -u; touch "$0" || echo read-only; exec sleep 600', HERE + "/touched",
+                               HOME=None, USER=None, launcher=(
+            "unshare", "--mount", "sh", "-c",
+            'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec unshare --user --map-user=12345 "$@"', HERE))
+        sidecar.wait_for("^12345$")
+        sidecar.wait_for("^read-only$")
+        self.serves(sidecar)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.process.wait(PATIENCE)
+        self.assertEqual(sidecar.process.returncode, 128 + signal.SIGTERM)
+
+    @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
+    def test_hosts_with_ipv6_only_and_with_ipv4_only(self):
+        for setup, url in (("ip link set lo up && ip -4 address flush dev lo", "http://[::1]:%d"),
+                           ("sysctl -qw net.ipv6.conf.all.disable_ipv6=1 && ip link set lo up", "http://127.0.0.1:%d")):
+            sidecar = self.sidecar(SIDECAR_HOST=None, launcher=("unshare", "--net", "sh", "-c", setup + ' && exec "$@"', "sh"))
+            enter = ("nsenter", "--net", "--target", str(sidecar.process.pid))
+            ask = self.program(*enter, sys.executable, "-c", "import sys, test_sidecar; test_sidecar.call_there(sys.argv[1])",
+                               url % sidecar.port, cwd=HERE)
+            self.assertEqual(ask.wait(), 0, ask.log)
+            health = self.program(*enter, sys.executable, os.path.join(HERE, "sidecar.py"), "health",
+                                  env={"SIDECAR_URL": url % sidecar.port})
+            self.assertEqual(health.wait(), 0, health.log)
+            self.drains(sidecar)
+
+
+def call_there(url):
+    """In another network namespace: call the sidecar there."""
+    target = urllib.parse.urlsplit(url)
+    for path, expected in (("/start-request?id=a", 200), ("/end-request?id=a", 200), ("/reset", 200), ("/drain", 200)):
+        connection = http.client.HTTPConnection(target.hostname, target.port, timeout=PATIENCE)
+        connection.request("POST", path)
+        assert connection.getresponse().status == expected, path
+        connection.close()
+
+
+class TestCallers(Case):
+    """Who may call what."""
+
+    CHANGING = (("POST", "/start-request"), ("POST", "/end-request?duration=1s"), ("POST", "/reset"), ("POST", "/drain"),
+                ("GET", "/drain"), ("HEAD", "/drain"))
+
+    def test_a_page_of_another_site(self):
+        sidecar = self.sidecar()
+        for method, path in self.CHANGING:
+            for headers in ({"Origin": "https://example.com"}, {"Origin": "null"}, {"Origin": ""}, {"Origin": "http://127.0.0.1.example.com"},
+                            {"Origin": "http://localhost.example.com"}, {"Origin": "http://10.0.0.1:8081"},
+                            {"Origin": "http://127.0.0.1@example.com"}, {"Sec-Fetch-Site": "cross-site"}):
+                self.assertEqual(sidecar.call(method, path, headers=headers)[0], 403, (path, headers))
+        self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
+        self.assertEqual(sidecar.get("/ready")[0], 200)
+        for path in ("/metrics", "/requests", "/health", "/ready"):
+            self.assertEqual(sidecar.call("GET", path, headers={"Origin": "https://example.com"})[0], 200, path)
+
+    def test_ipv4_mapped_ipv6_loopback_counts_as_loopback(self):
+        trusts = sidecar_module.Api(None, sidecar_module.parse_networks("10.0.0.0/8, 2001:db8::/32")).trusts
+        for host, expected in (("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True),
+                               ("::ffff:10.1.2.3", True), ("10.255.255.255", True), ("2001:db8::7", True), ("::ffff:192.0.2.1", False),
+                               ("192.0.2.1", False), ("11.0.0.1", False), ("fe80::1%eth0", False), ("::", False), ("0.0.0.0", False),
+                               ("", False), ("localhost.example.com", False)):
+            self.assertIs(trusts(host), expected, host)
+        sidecar = self.sidecar(SIDECAR_HOST=None)
+        if ":" in sidecar.host:                             # it listens on one IPv6 socket, where IPv4 clients are mapped ones
+            sidecar.host = "127.0.0.1"
+            self.assertEqual(sidecar.post("/reset")[0], 200)
 
 
 if __name__ == "__main__":
