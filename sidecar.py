@@ -596,6 +596,19 @@ class HTTPError(Exception):
         self.answer = json_answer(dict({"error": text}, **fields), status, headers)
 
 
+@functools.lru_cache(maxsize=64)
+def parse_headers(lines):
+    """Return {name: value}, for reading only: a client's requests mostly have the same headers, so the latest are kept."""
+    headers = {}
+    for line in lines.decode("utf-8", "replace").split("\n") if lines else ():
+        name, colon, value = line.partition(":")
+        if not colon or not TOKEN.fullmatch(name) or CONTROL_CHARACTER.search(value):
+            raise HTTPError(400, "malformed header %r: expected NAME: VALUE, no control characters" % line[:100])
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = headers[name] + ", " + value if name in headers else value
+    return headers
+
+
 class Connection(socketserver.BaseRequestHandler):
     """One connection on its own thread: a request is read, then answered, until either side closes (RFC 9112)."""
 
@@ -645,21 +658,15 @@ class Connection(socketserver.BaseRequestHandler):
                 self.receive()
         head, self.received = self.received[:end.start()], self.received[end.end():]
         self.check_head_length(head)
-        lines = head.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
-        match = REQUEST_LINE.fullmatch(lines[0])
-        if not match or CONTROL_CHARACTER.search("".join(lines)):
-            raise HTTPError(400, "malformed request %r: expected METHOD /PATH HTTP/1.1, no control characters"
-                            % lines[0][:100])
-        headers = {}
-        for line in lines[1:]:
-            name, colon, value = line.partition(":")
-            if not colon or not TOKEN.fullmatch(name):
-                raise HTTPError(400, "malformed header %r: expected NAME: VALUE" % line[:100])
-            name, value = name.lower(), value.strip(" \t")
-            headers[name] = headers[name] + ", " + value if name in headers else value
+        line, _, header_lines = head.replace(b"\r\n", b"\n").partition(b"\n")
+        line = line.decode("utf-8", "replace")
+        match = REQUEST_LINE.fullmatch(line)
+        if not match or CONTROL_CHARACTER.search(line):
+            raise HTTPError(400, "malformed request %r: expected METHOD /PATH HTTP/1.1, no control characters" % line[:100])
         method, path, query, minor_version = match.groups()
+        headers = parse_headers(header_lines)
         if minor_version == "0":
-            headers.pop("expect", None)     # RFC 9110, 10.1.1
+            headers = dict(headers, expect="")      # RFC 9110, 10.1.1
         connection = headers.get("connection", "").lower()
         keep_alive = "keep-alive" in connection if minor_version == "0" else "close" not in connection
         return Request(method, path, query, headers, keep_alive, self.client_address[0])
@@ -673,7 +680,7 @@ class Connection(socketserver.BaseRequestHandler):
     def drop_body(self, headers):
         """Read the body, if there is one, and forget it: all that an endpoint wants to know is in the query."""
         length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-        if length is None and coding is None:
+        if coding is None and length in (None, "0"):
             return
         self.deadline = self.deadline or time.monotonic() + REQUEST_SECONDS
         if length is not None and coding is not None:

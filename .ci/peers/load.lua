@@ -1,0 +1,82 @@
+-- The load, for wrk: each connection says what a worker says, POST /start-request, then POST /end-request, and so on.
+--
+-- wrk does not tell a script which connection a request is for, so bench.py gives each connection a thread: a thread has
+-- a Lua state of its own. The time from one start to the next on a connection is the time that a pair takes, with
+-- both answers read, and with the connects where each call has a connection of its own.
+--
+-- Arguments: what to ask for in turn, as "POST /start-request"; before them "close", for a new connection each time.
+-- The last line of the output is JSON.
+local ffi = require("ffi")
+ffi.cdef("typedef struct { long seconds, nanoseconds; } Time; int clock_gettime(int clock, Time *time);")
+local time = ffi.new("Time")
+local MONOTONIC = 1
+local STEPS = 50                    -- buckets of the histogram in a factor of e: 2 % each
+
+local threads = {}
+
+function setup(thread)
+    table.insert(threads, thread)
+    thread:set("rehearsal", #threads == 1)      -- wrk asks the first thread for a request that it does not send
+end
+
+function init(arguments)
+    texts, turn, last, buckets = {}, 0, nil, {}
+    -- what Go's client sends: more headers than Python's http.client has, fewer than Python's requests has
+    local headers = {["User-Agent"] = "Go-http-client/1.1", ["Accept-Encoding"] = "gzip"}
+    for _, argument in ipairs(arguments) do
+        if argument == "close" then
+            headers["Connection"] = "close"
+        else
+            local method, path = argument:match("(%S+) (%S+)")
+            table.insert(texts, wrk.format(method, path, headers, method == "POST" and "" or nil))
+        end
+    end
+end
+
+function request()
+    if rehearsal then
+        rehearsal = false
+        return texts[1]
+    end
+    if turn == 0 then
+        ffi.C.clock_gettime(MONOTONIC, time)
+        local now = tonumber(time.seconds) * 1e6 + tonumber(time.nanoseconds) / 1e3
+        if last then
+            local bucket = math.floor(math.log(now - last) * STEPS)
+            buckets[bucket] = (buckets[bucket] or 0) + 1
+        end
+        last = now
+    end
+    local text = texts[turn + 1]
+    turn = (turn + 1) % #texts
+    return text
+end
+
+function done(summary, latency, ignored)
+    local merged, count = {}, 0
+    for _, thread in ipairs(threads) do
+        for bucket, number in pairs(thread:get("buckets")) do
+            merged[bucket] = (merged[bucket] or 0) + number
+            count = count + number
+        end
+    end
+    local order = {}
+    for bucket in pairs(merged) do
+        table.insert(order, bucket)
+    end
+    table.sort(order)
+    local function percentile(part)
+        local seen = 0
+        for _, bucket in ipairs(order) do
+            seen = seen + merged[bucket]
+            if seen >= part * count then
+                return math.exp((bucket + 0.5) / STEPS)
+            end
+        end
+        return 0
+    end
+    local errors = summary.errors
+    print(string.format('\n{"requests": %d, "seconds": %.3f, "p50_us": %.1f, "p99_us": %.1f, "failed": %d}',
+        summary.requests, summary.duration / 1e6, percentile(0.5), percentile(0.99),
+        errors.connect + errors.read + errors.write + errors.status + errors.timeout))
+end
