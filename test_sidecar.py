@@ -3648,6 +3648,9 @@ class TestKafka(KafkaCase):
         self.assertEqual(self.lag(1), 1)
         second.acknowledge(again)
         self.assertEqual(self.lag(1), 0)
+        with self.assertLogs("echo_bot", "WARNING") as logs:
+            first.close()
+        self.assertIn("was not left", logs.output[0])
 
     def test_an_update_in_hand_when_others_come_and_go_is_committed(self):
         self.topics(incoming=2, outgoing=1)
@@ -3791,6 +3794,7 @@ class TestKafka(KafkaCase):
         source, stopping = self.source()
         taken = until(source.take, "an update")
         self.node.program.signal(signal.SIGSTOP)
+        os.waitpid(self.node.program.process.pid, os.WUNTRACED)     # every thread of it has stopped
         try:
             def finish():
                 source.reply(taken, ("sendMessage", {"chat_id": 1, "text": "done"}))
@@ -4394,13 +4398,12 @@ class Pod:
         kubelet's kuberuntime_container.go)
         """
         self.over_at = time.monotonic() + self.spec["terminationGracePeriodSeconds"]
-        threads = [threading.Thread(target=self._stop, args=(container, turn_after)) for containers, turn_after in (
-            (self.spec["containers"], []),
-            (self.spec.get("initContainers", []), [container["name"] for container in self.spec["containers"]]))
-            for container in containers]
-        for thread in threads:
+        ordinary = [threading.Thread(target=self._stop, args=(container, [])) for container in self.spec["containers"]]
+        native = [threading.Thread(target=self._stop, args=(container, ordinary))
+                  for container in self.spec.get("initContainers", [])]
+        for thread in ordinary + native:
             thread.start()
-        for thread in threads:
+        for thread in ordinary + native:
             thread.join()
         return {name: program.process.returncode for name, program in self.programs.items()}
 
@@ -4444,7 +4447,7 @@ class Pod:
             numbers = [port["containerPort"] for port in container["ports"]]
             self.ports.update(zip(numbers, map(int, found.groups())))
 
-    def _stop(self, container, turn_after):
+    def _stop(self, container, others):
         name = container["name"]
         hook = container.get("lifecycle", {}).get("preStop")
         if hook:
@@ -4452,8 +4455,8 @@ class Pod:
             if not self._ends(hook):
                 hook.kill()
             self.events.append("%s's preStop hook ended" % name)
-        for other in turn_after:
-            self._ends(self.programs[other])
+        for other in others:
+            other.join(max(self.over_at - time.monotonic(), 0))
         program = self.programs[name]
         self.events.append("%s got SIGTERM" % name)
         program.signal(signal.SIGTERM)
@@ -4522,7 +4525,7 @@ class Queue(socketserver.ThreadingTCPServer):
 
 # A worker with no signal handler, and only the README's Python client. The sender sees the answer when the work begins;
 # so a worker that is killed during the 300 ms after it has done work that will be done again.
-WORKER = """
+QUEUE_WORKER = """
 import os, socket, sys, time
 from echo_bot import Sidecar
 
@@ -4563,7 +4566,7 @@ class TestLifecycle(Case):
             self.queue = Queue(last)
             self.addCleanup(self.queue.server_close)
             self.addCleanup(self.queue.shutdown)
-        return Pod(self, objects, [sys.executable, "-c", WORKER],
+        return Pod(self, objects, [sys.executable, "-c", QUEUE_WORKER],
                    QUEUE_PORT=self.queue.server_address[1], **env).start()
 
     def answered_twice(self, objects):
@@ -4812,11 +4815,14 @@ class TestLifecycleOnKafka(KafkaCase):
     def setUpClass(cls):
         cls.node = KafkaNode()
         cls.brokers = cls.node.address
-        wait_for_kafka(cls.brokers)
+        try:
+            wait_for_kafka(cls.node)
+        except BaseException:
+            cls.tearDownClass()
+            raise
 
     @classmethod
     def tearDownClass(cls):
-        cls.node.stop()
         cls.node.remove()
 
     def test_scaled_0_3_1_0_1_in_the_stream_each_update_is_answered_once(self):
@@ -5024,32 +5030,32 @@ class TestRun(Case):
             os.environ.update(SIDECAR_PORT="0", METRICS_PORT="0", GRACE_PERIOD_SECONDS="1h")
             os.execv(sys.executable, [sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--", sys.executable, "-c", WORKER])
         shown = b""
+
+        def read():
+            self.assertTrue(select.select([terminal], [], [], PATIENCE)[0], shown)
+            return os.read(terminal, 4096)
+
         try:
-            while b"worker is up" not in shown or b"listening" not in shown:
-                shown += os.read(terminal, 4096)
-            os.write(terminal, b"\x03")                     # SIGINT
-            while b"got SIGINT" not in shown:
-                shown += os.read(terminal, 4096)
-            os.write(terminal, b"\x1c")                     # SIGQUIT
-            while b"got SIGQUIT" not in shown:
-                shown += os.read(terminal, 4096)
-            fcntl.ioctl(terminal, 0x5414, struct.pack("HHHH", 7, 7, 7, 7))      # TIOCSWINSZ
-            while b"got SIGWINCH" not in shown:
-                shown += os.read(terminal, 4096)
+            for press, expected in ((lambda: None, b"listening"), (lambda: None, b"worker is up"),
+                                    (lambda: os.write(terminal, b"\x03"), b"got SIGINT"),
+                                    (lambda: os.write(terminal, b"\x1c"), b"got SIGQUIT"),
+                                    (lambda: fcntl.ioctl(terminal, 0x5414, struct.pack("HHHH", 7, 7, 7, 7)), b"got SIGWINCH")):
+                press()                                     # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ)
+                while expected not in shown:
+                    shown += read()
             os.kill(pid, signal.SIGTERM)                    # no terminal's, so it drains and passes it on
             while True:
                 try:
-                    piece = os.read(terminal, 4096)
+                    shown += read()
                 except OSError:                             # the terminal's way to say that all have closed it
                     break
-                shown += piece
         finally:
             os.close(terminal)
             os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
         self.assertEqual(os.WEXITSTATUS(status), 3, shown)
         self.assertEqual([shown.count(b"got " + name) for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
-        self.assertIn(b"drain completed", shown)
+        self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")], [1, 1], shown)
 
     def test_nothing_wakes_up_while_idle(self):
         for sidecar in (self.sidecar(), self.worker()):
@@ -5079,7 +5085,7 @@ class TestRun(Case):
 
     INITS = {"sidecar": (sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--"), "tini": ("tini", "--"),
              "dumb-init": ("dumb-init", "--")}
-    COUNT_ZOMBIES = r"""
+    LEAVE_ORPHANS = r"""
 import os, sys, time
 for _ in range(int(sys.argv[1])):
     if os.fork() == 0:
@@ -5087,25 +5093,18 @@ for _ in range(int(sys.argv[1])):
             os._exit(0)                                     # the grandchild is an orphan now, of PID 1
         os._exit(0)
     os.wait()
-def zombies():
-    count = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open("/proc/%s/stat" % pid) as file:
-                count += file.read().rpartition(") ")[2][0] == "Z"
-        except OSError:
-            pass
-    return count
+def left():
+    return len(set(filter(str.isdigit, os.listdir("/proc"))) - {"1", str(os.getpid())})
 over_at = time.monotonic() + 30
-while zombies() and time.monotonic() < over_at:
+while left() and time.monotonic() < over_at:
     time.sleep(0.02)
-print("zombies:", zombies(), flush=True)
+print("left:", left(), flush=True)
 """
 
     def reaps(self, init, orphans=20):
-        program = self.under(init, sys.executable, "-c", self.COUNT_ZOMBIES, str(orphans))
+        program = self.under(init, sys.executable, "-c", self.LEAVE_ORPHANS, str(orphans))
         self.assertEqual(program.wait(), 0)
-        program.wait_for("zombies: 0$")
+        program.wait_for("left: 0$")
 
     def statuses(self, init):
         scripts = ("exit 0", "exit 1", "exit 7", "exit 255", "kill -9 $$", "kill -15 $$", "kill -1 $$", "kill -11 $$",
@@ -5248,6 +5247,11 @@ class Model:
         return now >= self.drain[0] + self.grace or \
             not self.active and now >= max(self.drain[0], self.idle_since) + self.quiet
 
+    def drain_over_at(self):
+        """Return when the drain is over if nobody calls any more."""
+        idle_since = max([self.idle_since] + [request[1] + self.timeout for request in self.active])
+        return min(self.drain[0] + self.grace, max(self.drain[0], idle_since) + self.quiet)
+
     def phase(self):
         return "serving" if not self.drain else "draining" if self.drain[1] is None else "drained"
 
@@ -5368,6 +5372,7 @@ class TestModel(unittest.TestCase):
     def meanwhile(self, waiter, timeout):
         """While a drain waits: others call, time passes. As soon as it is over, the drain must have been woken."""
         sleeps_until = self.clock.now + timeout
+        self.assertLessEqual(sleeps_until, self.model.drain_over_at())
         while not waiter.notified and self.clock.now < sleeps_until:
             if self.left > 0 and len(self.tracker._condition.waiting) < 3:
                 self.step(most=sleeps_until - self.clock.now)
@@ -5397,13 +5402,19 @@ class TestModel(unittest.TestCase):
 
 
 def figures(pid):
-    """Return (resident bytes, threads, descriptors) of a process."""
+    """Return (resident bytes, threads, sockets) of a process."""
     with open("/proc/%d/status" % pid) as file:
         status = file.read()
+    sockets = 0
+    for number in os.listdir("/proc/%d/fd" % pid):
+        try:
+            sockets += os.readlink("/proc/%d/fd/%s" % (pid, number)).startswith("socket:")
+        except OSError:                     # closed meanwhile
+            pass
 
     def field(name):
         return int(status.partition("\n%s:" % name)[2].split()[0])
-    return field("VmRSS") * 1024, field("Threads"), len(os.listdir("/proc/%d/fd" % pid))
+    return field("VmRSS") * 1024, field("Threads"), sockets
 
 
 def read_answers(connection):
@@ -5561,16 +5572,14 @@ class TestFuzz(Case):
         self.statuses, self.started = {}, []
 
     def settled(self, sidecar):
-        """Return its memory, once no connection is left: no descriptor, and no thread but the spare ones."""
+        """Return its memory, once nothing of a connection is left: no socket, and no thread but the spare ones."""
         def alone():
-            memory, threads, descriptors = figures(sidecar.process.pid)
-            spare = 2 * sidecar_module.SPARE_THREADS
-            return memory if threads <= self.alone[1] + spare and descriptors <= self.alone[2] else None
+            memory, threads, sockets = figures(sidecar.process.pid)
+            return memory if threads <= 4 + 2 * sidecar_module.SPARE_THREADS and sockets == 2 else None
         return until(alone, "an end of all connections")
 
     def test_mutated_requests(self):
         sidecar = self.sidecar()
-        self.alone = figures(sidecar.process.pid)
         total, number, before = int(self.REQUESTS * SCALE), 0, None
         choice = random.Random(8)
         while number < total:
@@ -5672,7 +5681,9 @@ class TestFaults(Case):
         reset = sidecar.raw(b"GET /health HTTP/1.1\r\n\r\n")
         reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         reset.close()
-        sidecar.signal(signal.SIGCONT)
+        with sidecar.raw(b"") as behind:                    # accepted in their order: so the other one has been refused
+            sidecar.signal(signal.SIGCONT)
+            self.assertTrue(behind.recv(65536).startswith(b"HTTP/1.1 503 "))
         while held:
             held.pop().close()
         until(lambda: figures(sidecar.process.pid)[1] < 512)
