@@ -656,7 +656,7 @@ def call_as_another():
         sidecar = SidecarProcess(SIDECAR_HOST=None, TRUSTED_CLIENTS=trusted)
         sidecar.host = "192.0.2.10"
         try:
-            for path in ("/start-request", "/end-request", "/drain"):
+            for path in ("/start-request", "/end-request", "/reset", "/drain"):
                 status, answer = sidecar.post(path)
                 assert status == expected, (trusted, path, status, answer)
                 assert status == 200 or "TRUSTED_CLIENTS" in answer["error"], answer
