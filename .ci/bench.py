@@ -7,10 +7,10 @@
     python .ci/bench.py --only sidecar,go    some servers
     python .ci/bench.py soak --seconds 3600  an hour of load: memory, threads and descriptors must stay flat
 
-It needs Linux and wrk. The peers are in .ci/peers, the same contract each, as their own manuals write it. .ci/run installs
-what they need into .ci/cache; one that is not there is named and left out. The sidecar runs on the Python that runs this
-file, so .ci/cache/venv/bin/python compares like with like. Every server listens on loopback, in a process of its own.
-Figures are medians over rounds, and in a round each server has its turn: A B C A B C.
+It needs Linux and wrk. The peers are in .ci/peers, the same contract each, as their own manuals write it. .ci/run
+installs what they need into .ci/cache; one that is not there is named and left out. The sidecar runs on the Python that
+runs this file, so .ci/cache/venv/bin/python compares like with like. Every server listens on loopback, in a process of
+its own. Figures are medians over rounds, and in a round each server has its turn: A B C A B C.
 """
 import argparse
 import http.client
@@ -482,7 +482,8 @@ def soak(seconds):
             samples.append((rss_mib(server.pid), threads(server.pid), descriptors(server.pid)))
             print("%11s %9.1f %8d %12d" % ((whole(server.total_requests()),) + samples[-1]), flush=True)
     quarter = max(len(samples) // 4, 1)
-    second, last = ([max(values) for values in zip(*part)] for part in (samples[quarter:2 * quarter], samples[-quarter:]))
+    second, last = ([max(values) for values in zip(*part)]
+                    for part in (samples[quarter:2 * quarter], samples[-quarter:]))
     flat = all(after <= before + slack for before, after, slack in zip(second, last, (2, 2, 0)))
     print("%s: at most %.1f MiB, %d threads, %d descriptors in the second quarter; %.1f, %d, %d in the last"
           % tuple(["flat" if flat else "IT GROWS"] + second + last))
@@ -490,7 +491,7 @@ def soak(seconds):
 
 
 def settle(pid):
-    """Wait until the connections that a load has closed are closed on the server's side too: its descriptors stay equal."""
+    """Wait until the server, too, has closed the connections of a load that is over: its descriptors stay equal."""
     over_at, equal, last = time.monotonic() + PATIENCE, 0, None
     while equal < 5 and time.monotonic() < over_at:
         count = descriptors(pid)
@@ -512,7 +513,8 @@ def machine():
         lines = subprocess.run([VENV_PYTHON, "-c", code], stdout=subprocess.PIPE, timeout=PATIENCE).stdout.decode()
         versions += [line for line in lines.splitlines() if line != versions[0]]
     if os.path.exists(GO_PEER) and shutil.which("go"):
-        lines = subprocess.run(["go", "version", "-m", GO_PEER], stdout=subprocess.PIPE, timeout=PATIENCE).stdout.decode()
+        argv = ["go", "version", "-m", GO_PEER]
+        lines = subprocess.run(argv, stdout=subprocess.PIPE, timeout=PATIENCE).stdout.decode()
         versions += [line.split()[-1].replace("go1", "Go 1") for line in lines.splitlines()[:1]]
         versions += ["client_golang " + line.split()[2] for line in lines.splitlines() if "/client_golang" in line]
     wrk = subprocess.run(["wrk", "--version"], stdout=subprocess.PIPE).stdout.decode().split()[1]
@@ -529,7 +531,8 @@ def print_table(columns, rows):
 
 def main():
     parser = argparse.ArgumentParser(description="Measure the sidecar and its peers; print a table in Markdown.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help="%s, or soak (default: all but soak)" % ", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART",
+                        help="%s, or soak (default: all but soak)" % ", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="short and rough")
     parser.add_argument("--only", metavar="NAMES", help="of " + ",".join(name for name, _ in COMMANDS.values()))
     parser.add_argument("--seconds", type=int, default=3600, help="of soak (default: 3600)")
