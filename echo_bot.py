@@ -59,7 +59,7 @@ class ConfigError(Exception):
         self.status = status
 
 
-# ---- The sidecar's client: copy this class into your own worker -------------------------------------------------------
+# ---- The sidecar's client: copy this class into your own worker -----------------------------------------------------
 
 class Sidecar:
     """Tells the sidecar of each request: `with sidecar.track(): work()`. Needs the imports above, may be used by threads.
@@ -163,7 +163,7 @@ class Sidecar:
         self._trouble = trouble
 
 
-# ---- The bot ----------------------------------------------------------------------------------------------------------
+# ---- The bot --------------------------------------------------------------------------------------------------------
 
 def reply_to(update):
     """Return the Bot API call that answers an update, as (method, parameters), or None for one that needs no answer.
@@ -375,7 +375,7 @@ class Telegram:
                     "description": answer.reason}
 
 
-# ---- Kafka: the protocol as data -------------------------------------------------------------------------------------
+# ---- Kafka: the protocol as data ------------------------------------------------------------------------------------
 
 INT8, INT16, INT32, INT64, BOOLEAN = "b", "h", "i", "q", "?"    # the letters of the struct module
 STRING, BYTES = "string", "bytes"                               # either may be null, here None
@@ -528,7 +528,7 @@ class Decoder:
         raise KafkaError(2, "a number of more than ten bytes")
 
 
-# ---- Kafka: record batches -------------------------------------------------------------------------------------------
+# ---- Kafka: record batches ------------------------------------------------------------------------------------------
 
 BATCH = struct.Struct(">qiibIhiqqqhii")     # the head of a record batch v2 (KIP-98); its checksum covers byte 21 and on
 CODECS = {1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}
@@ -647,7 +647,7 @@ def murmur2(key):
     return (number ^ number >> 15) & 0x7FFFFFFF
 
 
-# ---- Kafka: connections ----------------------------------------------------------------------------------------------
+# ---- Kafka: connections ---------------------------------------------------------------------------------------------
 
 def kafka_settings(environ):
     """Return the variables about Kafka, checked, as attributes. ConfigError names the one that is wrong."""
@@ -833,7 +833,7 @@ class Cluster:
         self.connections, self.leaders, self.coordinator_at = {}, {}, None
 
 
-# ---- Kafka: the consumer group ---------------------------------------------------------------------------------------
+# ---- Kafka: the consumer group --------------------------------------------------------------------------------------
 
 def assign_ranges(members, counts):
     """Share partitions out as the Java client's range assignor does: {member: {topic: [partition, ...]}}.
@@ -963,7 +963,7 @@ class Member:
         cluster.forget()
 
 
-# ---- Kafka: the source -----------------------------------------------------------------------------------------------
+# ---- Kafka: the source ----------------------------------------------------------------------------------------------
 
 class Kafka:
     """Updates from one topic, replies to another: at least once, and exactly once while bots end by SIGTERM only.
@@ -1171,7 +1171,7 @@ class Kafka:
         return self._until_done("writing to " + topic, append)
 
 
-# ---- The loop --------------------------------------------------------------------------------------------------------
+# ---- The loop -------------------------------------------------------------------------------------------------------
 
 def run(source, sidecar, stopping):
     """Take, track, reply, and only then acknowledge; until a signal comes or the source has no more."""

@@ -72,7 +72,7 @@ REPORT_SECONDS = 5              # how often a drain that waits says so in the lo
 log = logging.getLogger("sidecar")
 
 
-# ---- Settings ---------------------------------------------------------------------------------------------------------
+# ---- Settings -------------------------------------------------------------------------------------------------------
 
 class Settings:
     """The variables in the docstring above, read once from a mapping such as os.environ. ValueError names a bad one."""
@@ -128,7 +128,7 @@ def parse_duration(text):
     raise ValueError("%r: expected %s" % (text[:100], A_DURATION))
 
 
-# ---- The tracker ------------------------------------------------------------------------------------------------------
+# ---- The tracker ----------------------------------------------------------------------------------------------------
 
 class RequestTracker:
     """The requests in flight, the totals, and the drain. Any thread may call any method. Durations are in seconds.
@@ -328,7 +328,7 @@ def remember(latest, key, value):
         latest.popitem(last=False)
 
 
-# ---- What is shown ----------------------------------------------------------------------------------------------------
+# ---- What is shown --------------------------------------------------------------------------------------------------
 
 def render_json(snapshot):
     """Return the dict that GET /metrics on SIDECAR_PORT answers."""
@@ -563,7 +563,7 @@ def content_security_policy():
             "frame-ancestors 'none'" % (digest("script"), digest("style")))
 
 
-# ---- HTTP -------------------------------------------------------------------------------------------------------------
+# ---- HTTP -----------------------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 512           # to a port; each has a thread
 SPARE_THREADS = 16              # of a port, that wait for a connection
@@ -747,9 +747,9 @@ class Connection(socketserver.BaseRequestHandler):
 
     def send(self, answer, keep_alive, with_body=True):
         body = answer.body.encode()
-        head = "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nCache-Control: no-store\r\nConnection: %s\r\n%s\r\n" % (
-            answer.status, http.client.responses[answer.status], answer.content_type, len(body),
-            "keep-alive" if keep_alive else "close", answer.headers)
+        head = ("HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nCache-Control: no-store\r\nConnection: %s\r\n%s"
+                "\r\n" % (answer.status, http.client.responses[answer.status], answer.content_type, len(body),
+                          "keep-alive" if keep_alive else "close", answer.headers))
         self.request.sendall(head.encode() + body if with_body else head.encode())
 
     def linger(self):
@@ -992,7 +992,7 @@ def request_id_of(values):
     return request_id
 
 
-# ---- The process ------------------------------------------------------------------------------------------------------
+# ---- The process ----------------------------------------------------------------------------------------------------
 
 class LogHandler(logging.Handler):
     """Write one line an event to stderr, as text or JSON. The arguments of log.info and the like: the event, its fields.
@@ -1111,7 +1111,7 @@ def leave(status, servers=()):
     os._exit(status)
 
 
-# ---- python sidecar.py run -- COMMAND ---------------------------------------------------------------------------------
+# ---- python sidecar.py run -- COMMAND -------------------------------------------------------------------------------
 
 # All but what cannot be caught, what a fault of this process raises, and job control, which a terminal's whole group gets.
 PASSED_ON = set(signal.Signals) - {getattr(signal, "SIG" + name) for name in
@@ -1184,7 +1184,7 @@ def reap(worker):
     return ended
 
 
-# ---- The command line -------------------------------------------------------------------------------------------------
+# ---- The command line -----------------------------------------------------------------------------------------------
 
 def ask(command):
     """Print what a running sidecar answers to `command`; return 0 if that is a 200, else 1."""
