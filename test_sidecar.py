@@ -3690,7 +3690,7 @@ class TestKafka(KafkaCase):
 
     def test_a_drain_hands_over_to_another_bot_and_is_undone(self):
         self.topics(incoming=4, outgoing=4)
-        sidecar = self.sidecar()
+        sidecar = self.sidecar(QUIET_PERIOD_SECONDS=1)      # or the drain may be over between two updates
         self.write(self.updates(3000))
         first = self.bot(SIDECAR_URL=sidecar.url)
         replies = Replies(self).read(100)
