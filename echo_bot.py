@@ -35,7 +35,6 @@ import logging
 import os
 import random
 import re
-import select
 import signal
 import socket
 import ssl
