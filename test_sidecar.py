@@ -3035,7 +3035,22 @@ class Proxy:
 class KafkaCase(Case):
     """A test with brokers: `self.brokers` is their address list. Topics and groups are new in each test."""
 
-    brokers = None
+    brokers, nodes = None, ()
+
+    @classmethod
+    def use(cls, *nodes):
+        """Keep these brokers for the tests of the class, from when they serve until its last test is over."""
+        cls.nodes, cls.brokers = nodes, ",".join(node.address for node in nodes)
+        try:
+            wait_for_kafka(*nodes)
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        for node in cls.nodes:
+            node.remove()
 
     def setUp(self):
         self.name = self.id().rsplit(".", 1)[1] + "-%08x" % random.getrandbits(32)
@@ -3439,16 +3454,11 @@ class TestKafka(KafkaCase):
         cls.authority = os.path.join(cls.folder, "ca.pem")
         certificate = cls.make_certificates() if shutil.which("openssl") else None
         cls.node = KafkaNode(certificate=certificate)
-        cls.brokers = cls.node.address
-        try:
-            wait_for_kafka(cls.node)
-        except BaseException:
-            cls.tearDownClass()
-            raise
+        cls.use(cls.node)
 
     @classmethod
     def tearDownClass(cls):
-        cls.node.remove()
+        super().tearDownClass()
         shutil.rmtree(cls.folder, ignore_errors=True)
 
     @classmethod
@@ -3921,18 +3931,7 @@ class TestKafkaCluster(KafkaCase):
     def setUpClass(cls):
         voters = dict(zip((1, 2, 3), free_ports(3)))
         settings = {"broker.session.timeout.ms": 3000, "broker.heartbeat.interval.ms": 500}
-        cls.nodes = [KafkaNode(number, voters, **settings) for number in voters]
-        cls.brokers = ",".join(node.address for node in cls.nodes)
-        try:
-            wait_for_kafka(*cls.nodes)
-        except BaseException:
-            cls.tearDownClass()
-            raise
-
-    @classmethod
-    def tearDownClass(cls):
-        for node in cls.nodes:
-            node.remove()
+        cls.use(*[KafkaNode(number, voters, **settings) for number in voters])
 
     def test_nothing_is_committed_before_every_replica_has_the_reply(self):
         from confluent_kafka.admin import NewTopic
@@ -4810,17 +4809,7 @@ class TestLifecycleOnKafka(KafkaCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.node = KafkaNode()
-        cls.brokers = cls.node.address
-        try:
-            wait_for_kafka(cls.node)
-        except BaseException:
-            cls.tearDownClass()
-            raise
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.node.remove()
+        cls.use(KafkaNode())
 
     def test_scaled_0_3_1_0_1_in_the_stream_each_update_is_answered_once(self):
         self.topics(incoming=6, outgoing=3)
