@@ -4908,6 +4908,15 @@ class TestRun(Case):
         sidecar.wait_for("drain completed")
         self.assertEqual(sidecar.log.count("got "), 1)
 
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "only Linux has CPU affinities")
+    def test_the_sidecar_keeps_to_one_cpu_and_leaves_the_worker_all_of_them(self):
+        sidecar = self.worker()
+        sidecar.get("/health")                              # there is a thread of a connection as well
+        pid = sidecar.process.pid
+        cpus = {cpu for thread in os.listdir("/proc/%d/task" % pid) for cpu in os.sched_getaffinity(int(thread))}
+        self.assertEqual(len(cpus), 1)
+        self.assertEqual(os.sched_getaffinity(child_of(pid)), os.sched_getaffinity(0))
+
     def test_sigint_does_the_same_and_is_passed_on_as_such(self):
         sidecar = self.worker()
         sidecar.signal(signal.SIGINT)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the sidecar beside what a user would pick instead, on this machine, and print a table in Markdown.
 
-    python .ci/bench.py                      every part; about 40 minutes
+    python .ci/bench.py                      every part; about half an hour
     python .ci/bench.py --quick              the same in two minutes: to try it, the figures are too rough to show
     python .ci/bench.py pairs idle           some parts
     python .ci/bench.py --only sidecar,go    some servers
