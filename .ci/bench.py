@@ -101,14 +101,14 @@ class Server:
         finally:
             connection.close()
 
-    def total_requests(self):
-        return json.loads(self.get("/metrics")[1].decode())["total_requests"]
+    def metric(self, name):
+        return json.loads(self.get("/metrics")[1].decode())[name]
 
-    def start_requests(self, count):
-        """Start `count` requests that do not end."""
+    def post(self, path, count):
+        """POST to the path so many times, one after the other on one connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         for _ in range(count):
-            connection.request("POST", "/start-request")
+            connection.request("POST", path)
             answer = connection.getresponse()
             answer.read()
             assert answer.status == 200, answer.status
@@ -256,7 +256,7 @@ def track(columns, size):
                 argv = [sys.executable, "-c", TRACK, ROOT, server.url, str(size.messages)]
                 output = subprocess.run(argv, stdout=subprocess.PIPE, timeout=PATIENCE * 2, check=True).stdout
                 results[column].append(dict(zip(("p50", "p99"), map(float, output.split()))))
-                assert server.total_requests() >= size.messages, "the client did not count its messages"
+                assert server.metric("total_requests") >= size.messages, "the client did not count its messages"
     result = {column: medians(results[column]) for column in columns}
     return [("`with sidecar.track():` adds to a message, p50 / p99, µs",
              {c: "%s / %s" % (whole(r["p50"]), whole(r["p99"])) for c, r in result.items()})]
@@ -291,12 +291,12 @@ def memory(columns, size):
             over_at, done = time.monotonic() + size.pairs_seconds, 0
             while done < size.pairs and time.monotonic() < over_at:
                 load(server.port, 16, size.seconds)
-                done = server.total_requests()
+                done = server.metric("total_requests")
             used[column] = tenths(rss_mib(server.pid))
             if done < size.pairs:
                 used[column] += " (after %s)" % whole(round(done, -3))
         with Server(column) as server:
-            server.wait_until_healthy().start_requests(size.active)
+            server.wait_until_healthy().post("/start-request", size.active)
             active[column] = tenths(rss_mib(server.pid))
     argv = [sys.executable, "-c", "import http.server; print(flush=True); input()"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as bare:
@@ -397,7 +397,7 @@ def many_active(columns, size):
     with ExitStack() as stack:
         empty, full = serve(stack, columns), serve(stack, columns)
         for server in full.values():
-            server.start_requests(size.active)
+            server.post("/start-request", size.active)
         for label, texts, measured in calls:
             took_us = {column: ([], []) for column in measured if column in columns}
             for _ in range(size.rounds):
@@ -465,8 +465,8 @@ PARTS = {"pairs": pairs, "track": track, "cold-start": cold_start, "memory": mem
 def soak(seconds):
     """Load the sidecar in every way for so long; return 1 if its memory, threads or descriptors grow, else 0.
 
-    A sample is taken after each round of load, when its connections are closed. The first quarter is for threads and
-    allocators to take what they keep; the last quarter is held against the second.
+    A sample is taken after each round of load, when its connections are closed and what it left active is ended. The
+    first quarter is for threads and allocators to take what they keep; the last is held against the second.
     """
     samples, over_at = [], time.monotonic() + seconds
     step = max(min(seconds // 40, 10), 1)
@@ -478,9 +478,10 @@ def soak(seconds):
                 with scraped_each_second(server, []):
                     load(server.port, connections, step, close=close)
             connect_at_once(server.port)
+            server.post("/end-request", server.metric("active_requests"))
             settle(server.pid)
             samples.append((rss_mib(server.pid), threads(server.pid), descriptors(server.pid)))
-            print("%11s %9.1f %8d %12d" % ((whole(server.total_requests()),) + samples[-1]), flush=True)
+            print("%11s %9.1f %8d %12d" % ((whole(server.metric("total_requests")),) + samples[-1]), flush=True)
     quarter = max(len(samples) // 4, 1)
     second, last = ([max(values) for values in zip(*part)]
                     for part in (samples[quarter:2 * quarter], samples[-quarter:]))
