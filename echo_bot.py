@@ -195,17 +195,29 @@ class Interrupted(Exception):
 
 
 class Stopping:
-    """The handler of SIGTERM and SIGINT. Work is finished, so only a wait is broken into."""
+    """Handles SIGTERM and SIGINT from now on. Work is finished, so only a wait is broken into."""
 
     def __init__(self):
-        self.requested = False
-        self._waiting = False
+        self.requested = self._waiting = False
+        came, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=self._insist, args=(came,), daemon=True).start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
 
     def __call__(self, number, frame):
-        self.requested = True
-        if self._waiting:
-            self._waiting = False
+        first, self.requested = not self.requested, True
+        if first and self._waiting:
             raise Interrupted
+
+    def _insist(self, came):
+        """Send the signal that came again until it is handled: Python puts it off, and where that is just before a
+        system call, the call waits on as if nothing had come."""
+        number = os.read(came, 1)[0]
+        while not self.requested:
+            signal.pthread_kill(threading.main_thread().ident, number)
+            time.sleep(0.1)
 
     def wait(self, function, *args):
         """Return function(*args), or None when a signal came before or comes meanwhile."""
@@ -1209,8 +1221,6 @@ def handle(source, taken):
 def main(environ):
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     stopping = Stopping()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stopping)
     try:
         sidecar = Sidecar()
         if environ.get("KAFKA_BROKERS"):
@@ -1224,10 +1234,9 @@ def main(environ):
         log.error("%s", error)
         return getattr(error, "status", 2)
     except BrokenPipeError:             # nobody reads the console's replies any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ))
+    os._exit(main(os.environ))          # sys.exit would take the handlers away first, and one more signal would kill it

@@ -1266,6 +1266,35 @@ class TestConsole(Case):
             self.assertEqual(bot.wait(), 0, bot.log)
             self.assertNotIn("Traceback", bot.log)
 
+    def test_more_signals_change_nothing_about_its_end(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            bot = self.bot()
+            self.say(bot, "hello")
+            bot.wait_for("Echo: hello")
+            while bot.process.poll() is None:           # at every moment up to its end
+                bot.signal(number)
+            self.assertEqual(bot.wait(), 0, bot.log)
+            self.assertNotIn("Traceback", bot.log)
+
+    def test_a_signal_that_breaks_into_no_system_call_ends_it(self):
+        try:
+            from ctypes import CDLL
+            tgkill = CDLL(None).tgkill
+        except (ImportError, OSError, AttributeError) as error:
+            self.skipTest("a C library with tgkill: %s" % error)
+        bot = self.bot()
+        self.say(bot, "hello")
+        bot.wait_for("Echo: hello")
+        main, folder = bot.process.pid, "/proc/%d/task/" % bot.process.pid
+
+        def waits():
+            with open("%s%d/stat" % (folder, main)) as file:
+                return file.read().rpartition(")")[2].split()[0] == "S"
+        until(waits, "it waits for a line")
+        other = next(int(thread) for thread in os.listdir(folder) if int(thread) != main)
+        self.assertEqual(tgkill(main, other, signal.SIGTERM), 0)      # the main thread is not woken
+        self.assertEqual(bot.wait(), 0, bot.log)
+
     def test_the_log_tells_when_the_sidecar_goes_and_comes_back(self):
         sidecar = self.sidecar()
         bot = self.bot(SIDECAR_URL=sidecar.url)
@@ -3713,7 +3742,6 @@ class TestKafka(KafkaCase):
         self.assertEqual(replies.rest().texts, collections.Counter("Echo: m%d" % number for number in range(3000)))
         self.assertGreater(done, 0, "the drain came before the end")
         until(lambda: self.lag(4) == 0, "all is committed")
-        first.signal(signal.SIGTERM)
         self.end(first, second)
 
     def test_a_topic_that_comes_later_and_grows(self):
