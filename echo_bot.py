@@ -199,10 +199,10 @@ class Stopping:
 
     def __init__(self):
         self.requested = self._waiting = False
-        came, wakeup = os.pipe()
-        os.set_blocking(wakeup, False)
-        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        threading.Thread(target=self._insist, args=(came,), daemon=True).start()
+        woken, wakes = os.pipe()
+        os.set_blocking(wakes, False)
+        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+        threading.Thread(target=self._insist, args=(woken,), daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self)
 
@@ -211,10 +211,10 @@ class Stopping:
         if first and self._waiting:
             raise Interrupted
 
-    def _insist(self, came):
+    def _insist(self, woken):
         """Send the signal that came again until it is handled: Python puts it off, and where that is just before a
         system call, the call waits on as if nothing had come."""
-        number = os.read(came, 1)[0]
+        number = os.read(woken, 1)[0]
         while not self.requested:
             signal.pthread_kill(threading.main_thread().ident, number)
             time.sleep(0.1)

@@ -1234,6 +1234,13 @@ class TestConsole(Case):
             bot.process.stdin.write(line.encode() + b"\n")
         bot.process.stdin.flush()
 
+    def echoing_bot(self):
+        """Return a bot that has answered a first line."""
+        bot = self.bot()
+        self.say(bot, "hello")
+        bot.wait_for("Echo: hello")
+        return bot
+
     def test_each_line_is_echoed_and_end_of_input_ends_it(self):
         bot = self.bot(SIDECAR_URL="http://127.0.0.1:9")
         self.say(bot, "hello", "", "päivää 👋", '{"update_id": 1, "callback_query": {"id": "7", "data": "yes"}}',
@@ -1259,18 +1266,14 @@ class TestConsole(Case):
 
     def test_sigterm_and_sigint_end_it(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            bot = self.bot()
-            self.say(bot, "hello")
-            bot.wait_for("Echo: hello")
+            bot = self.echoing_bot()
             bot.signal(number)
             self.assertEqual(bot.wait(), 0, bot.log)
             self.assertNotIn("Traceback", bot.log)
 
     def test_more_signals_change_nothing_about_its_end(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            bot = self.bot()
-            self.say(bot, "hello")
-            bot.wait_for("Echo: hello")
+            bot = self.echoing_bot()
             while bot.process.poll() is None:           # at every moment up to its end
                 bot.signal(number)
             self.assertEqual(bot.wait(), 0, bot.log)
@@ -1282,17 +1285,15 @@ class TestConsole(Case):
             tgkill = CDLL(None).tgkill
         except (ImportError, OSError, AttributeError) as error:
             self.skipTest("a C library with tgkill: %s" % error)
-        bot = self.bot()
-        self.say(bot, "hello")
-        bot.wait_for("Echo: hello")
-        main, folder = bot.process.pid, "/proc/%d/task/" % bot.process.pid
+        bot = self.echoing_bot()
+        pid = bot.process.pid       # and the main thread's number
 
         def waits():
-            with open("%s%d/stat" % (folder, main)) as file:
+            with open("/proc/%d/stat" % pid) as file:
                 return file.read().rpartition(")")[2].split()[0] == "S"
         until(waits, "it waits for a line")
-        other = next(int(thread) for thread in os.listdir(folder) if int(thread) != main)
-        self.assertEqual(tgkill(main, other, signal.SIGTERM), 0)      # the main thread is not woken
+        other = next(int(thread) for thread in os.listdir("/proc/%d/task" % pid) if int(thread) != pid)
+        self.assertEqual(tgkill(pid, other, signal.SIGTERM), 0)       # the main thread is not woken
         self.assertEqual(bot.wait(), 0, bot.log)
 
     def test_the_log_tells_when_the_sidecar_goes_and_comes_back(self):
