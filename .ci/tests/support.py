@@ -1,0 +1,91 @@
+"""What the test files in this folder share.
+
+A new file: `.ci/tests/test_NAME.py`, for one peer or subject. It begins with `from support import ...`, it ends with
+`unittest.main(verbosity=2)` under `if __name__ == "__main__":`, and it runs by itself: `python .ci/tests/test_NAME.py
+[TestClass[.test_method]]`. .ci/run finds it by its name, and runs it on every Python with SIDECAR_TEST_PEERS=none, and
+with every peer where nothing may be skipped.
+
+Of test_sidecar.py: HERE (the project's folder), PATIENCE, Case (self.sidecar() and self.program() start a process that
+ends with the test), SidecarProcess and Program themselves, until, in_threads, FakeTime and ScriptedCondition (a clock
+that the test moves), ScriptedSidecar, Clients, readme_blocks, WORKER, child_of, samples. Here: needs (the peer of a test
+or class), NAMESPACES, installed, version_of, run, CACHE (where .ci/run installs peers), SCALE (how much of a long test to
+run), figures (of a process). Kafka's brokers are in test_kafka.py (KafkaCase, KafkaNode, Replies), what kustomize builds
+of the manifests in test_manifests.py (kustomize, pick, containers, environment).
+"""
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import unittest
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+
+from test_sidecar import (HERE, OPENMETRICS, PATIENCE, WORKER, Case, Clients, FakeTime, Program, ScriptedCondition,
+                          ScriptedSidecar, SidecarProcess, child_of, in_threads, readme_blocks, samples, until)
+
+CACHE = os.path.join(HERE, ".ci", "cache")     # what .ci/run installs for the tests; git ignores it
+PEERS = os.environ.get("SIDECAR_TEST_PEERS", "")     # "none": skip what needs a peer; "all": fail instead of skipping
+# How much of the long tests is run: 1 is the number that stands in them. .ci/run sets it for its last run.
+SCALE = float(os.environ.get("SIDECAR_TEST_SCALE", "0.1"))
+
+
+def needs(peer, found):
+    """Decorate a test or class that needs a peer: skip it where `found` is false, fail where all are demanded."""
+    if PEERS == "all" and not found:
+        def missing(*args):
+            raise AssertionError("%s is not installed, and SIDECAR_TEST_PEERS=all" % peer)
+        return lambda thing: type(thing.__name__, (unittest.TestCase,), {"test_peer": missing}) \
+            if isinstance(thing, type) else missing
+    return unittest.skipUnless(found and PEERS != "none", "%s is not installed" % peer)
+
+
+def namespaces():
+    """Return true where a test may make namespaces of its own: root on Linux, but not in every container."""
+    try:
+        return subprocess.call(["unshare", "--net", "--pid", "--fork", "ip", "link", "set", "lo", "up"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+    except OSError:
+        return False
+
+
+NAMESPACES = namespaces()
+
+
+def version_of(command):
+    """Return the first two numbers that `command` prints of its version; (0, 0) where it is missing."""
+    try:
+        text = subprocess.run(command, stdout=subprocess.PIPE).stdout.decode()
+    except OSError:
+        return 0, 0
+    return tuple(int(number) for number in re.search(r"(\d+)\.(\d+)", text).groups())
+
+
+def installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def run(*argv, **options):
+    """Run a command to its end and return what it printed. AssertionError with both outputs where it failed."""
+    options = dict(dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE), **options)
+    done = subprocess.run([str(arg) for arg in argv], **options)
+    if done.returncode:
+        raise AssertionError("%s: exit status %d\n%s%s" % (" ".join(map(str, argv)), done.returncode,
+                                                           done.stdout.decode(), done.stderr.decode()))
+    return done.stdout.decode()
+
+
+def figures(pid):
+    """Return (resident bytes, threads, sockets) of a process."""
+    with open("/proc/%d/status" % pid) as file:
+        status = file.read()
+    sockets = 0
+    for number in os.listdir("/proc/%d/fd" % pid):
+        try:
+            sockets += os.readlink("/proc/%d/fd/%s" % (pid, number)).startswith("socket:")
+        except OSError:                     # closed meanwhile
+            pass
+
+    def field(name):
+        return int(status.partition("\n%s:" % name)[2].split()[0])
+    return field("VmRSS") * 1024, field("Threads"), sockets
