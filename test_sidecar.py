@@ -2130,7 +2130,8 @@ def read_result(name, text):
     """Return what unittest printed as (a line for each test, the problems in detail, {"tests": 7,
     "failures": 1})."""
     told, _, verdict = text.rpartition("\n" + "-" * 70 + "\n")
-    summary = re.match(r"Ran (\d+) tests? in .*\n\n(?:OK|FAILED)(?: \((.*)\))?\n", verdict)
+    summary = re.match(r"Ran (\d+) tests? in .*\n\n(?:OK|FAILED|NO TESTS RAN)(?: \((.*)\))?\n",
+                       verdict)
     if not summary:                         # it was killed, or broke before its first test
         return "", "\n%s ended without a summary:\n%s\n" % (name, text), {"tests": 0, "errors": 1}
     counts = {what: int(count)
