@@ -58,6 +58,7 @@ import functools
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -82,6 +83,9 @@ COMMANDS = ("health", "ready", "drain", "metrics", "requests")
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
 REMEMBERED = 10000              # of ids that have ended, of those given up, of ends without a start
 MAX_QUEUED_BYTES = 1 << 20      # of log lines, kept while stderr is blocked
+
+MAX_NAMED = 100                 # requests that one event names in the log, each on its line
+PIECE = 5000                    # requests that a reset gives up before it lets others have the lock
 
 REPORT_SECONDS = 5.0            # how often a drain that waits says so in the log
 LOOK_SECONDS = 1.0              # how often it looks at what only time brings
@@ -249,6 +253,8 @@ class RequestTracker:
         self._left_behind = 0
         self._duration_counts = [0] * (len(BUCKETS) + 1)
         self._duration_sum = 0.0
+        self._short_durations = 0                   # how many in a row
+        self._short_durations_told = False
         self._latest_durations = deque(maxlen=100)  # by the clock here, whatever the worker said
         self._start_time = time.time()
         self._last_start_time = None
@@ -324,8 +330,12 @@ class RequestTracker:
                     if request.id.startswith(prefix or "")]
             if prefix is None and self._phase != SERVING:
                 self._undo(now, "reset")            # first, or the drain would complete
-            self._give_up(left, now)
-            return len(left)
+            count = self._give_up(left[:PIECE], now)
+        for first in range(PIECE, len(left), PIECE):
+            time.sleep(0.001)                       # lets others have the lock
+            with self._condition:
+                count += self._give_up(left[first:first + PIECE], time.monotonic())
+        return count
 
     # -- drains
 
@@ -354,6 +364,19 @@ class RequestTracker:
                     drain.report_at = now + REPORT_SECONDS
                     log.info("draining", self._drain_fields(now))
                 self._condition.wait(min(over_at, self._due_at(), now + LOOK_SECONDS) - now)
+
+    def keep_time(self) -> None:
+        """While there is a drain, wake those who wait, once a second. Runs for ever, in a thread.
+
+        The time-out of Condition.wait follows the wall clock on Python 3.7 and 3.8, and where the C
+        library has no sem_clockwait (musl): set back, it would not end. That of sleep does not.
+        """
+        while True:
+            with self._condition:
+                while self._phase != DRAINING:
+                    self._condition.wait()
+                self._condition.notify_all()
+            time.sleep(LOOK_SECONDS)
 
     def passed_on(self) -> None:
         """Take note that `run` has sent the worker its signal."""
@@ -510,6 +533,7 @@ class RequestTracker:
 
     def _begin(self, now):
         self._phase, self._drain = DRAINING, Drain(now, self.grace_period_seconds)
+        self._condition.notify_all()                # for keep_time
         log.info("drain started", self._drain_fields(now))
         self._finish_if_due(now)
 
@@ -519,7 +543,7 @@ class RequestTracker:
             self._end_drain(now, TIMED_OUT if self._active else COMPLETED)
             log.log(logging.WARNING if self._active else logging.INFO, "drain "
                     + self._drain.outcome.replace("_", " "), self._drain_fields(now))
-            for request in self._active.values():
+            for request in itertools.islice(self._active.values(), MAX_NAMED):
                 log.warning("still active", described(request, now))
 
     def _undo(self, now, reason):
@@ -590,22 +614,40 @@ class RequestTracker:
         self._last_end = now
         measured = now - request.started
         self._latest_durations.append(measured)
-        seconds = measured if seconds is None else seconds
+        if seconds is None:
+            seconds = measured
+        elif measured >= 0.1:
+            self._look_for_short_durations(seconds, measured)
         self._duration_counts[bisect_left(BUCKETS, seconds)] += 1
         self._duration_sum += seconds
         if named is not None:
             remember(self._ended_ids, named, None)
 
+    def _look_for_short_durations(self, seconds, measured):
+        """Say once that ten ends in a row told less than a thousandth of the time that passed."""
+        self._short_durations = self._short_durations + 1 if seconds * 1000 < measured else 0
+        if self._short_durations == 10 and not self._short_durations_told:
+            self._short_durations_told = True
+            log.warning("durations are too short", {
+                "duration_seconds": seconds, "measured_seconds": rounded(measured),
+                "hint": "Go takes the duration of `defer end(time.Since(start))` before the work"})
+
     def _give_up(self, requests, now):
-        for request in requests:
+        """Give up those that are still active; return how many there were."""
+        requests = [request for request in requests if self._active.get(request.id) is request]
+        self._expired += len(requests)
+        for number, request in enumerate(requests):
             unheard = request.id in self._unheard
             self._remove(request.id, now)
             remember(self._given_up, request.id, request)
             if not request.brought_id:
                 remember(self._given_up_without_id, request.id, None)
-            self._expired += 1
-            log.log(logging.INFO if unheard else logging.WARNING, "request given up",
-                    described(request, now))
+            if number < MAX_NAMED:
+                log.log(logging.INFO if unheard else logging.WARNING, "request given up",
+                        described(request, now))
+        if len(requests) > MAX_NAMED:
+            log.warning("more requests given up", {"requests": len(requests) - MAX_NAMED})
+        return len(requests)
 
     def _forget_given_up(self, request_id):
         self._given_up_without_id.pop(request_id, None)
@@ -1224,9 +1266,8 @@ class Connection:
         trickles, since = self.held or (True, 0.0)
         return not hung_up, not trickles, since
 
-    def give_way(self):
-        """Let it end: what has come by now is still read, and what is held is answered."""
-        self.gives_way = True
+    def stop_reading(self):
+        """Let it end: what has come by now is still read, and answered."""
         try:
             self.socket.shutdown(socket.SHUT_RD)
         except OSError:                     # closed already
@@ -1389,10 +1430,11 @@ class Server(http.server.ThreadingHTTPServer):
             if not held:
                 return False
             longest = min(held, key=Connection.held_rank)
+            longest.gives_way = True
         self.tell(connection, 2)
         self.api.tracker.count("evicted_connections")
         connection.neighbours.pop(longest.socket, None)
-        longest.give_way()
+        longest.stop_reading()
         return True
 
     def tell(self, connection, level):
@@ -1439,7 +1481,7 @@ class Server(http.server.ThreadingHTTPServer):
         over_at = time.monotonic() + LINGER_SECONDS
         connections = [*self.connections[0].values(), *self.connections[1].values()]
         for connection in connections:
-            connection.give_way()
+            connection.stop_reading()
         while any(connection.thread.is_alive() for connection in connections):
             if time.monotonic() >= over_at:
                 break
@@ -1700,7 +1742,7 @@ def serve(command: list = ()) -> None:
     servers = [listen("SIDECAR_PORT", settings.host, settings.port, api, api.routes),
                listen("METRICS_PORT", settings.host, settings.metrics_port, api, api.metrics_routes)]
     drainer = Drainer(tracker) if command else None
-    cpus = start_threads(settings, servers, drainer)
+    cpus = start_threads(settings, tracker, servers, drainer)
     worker = start_worker(command, servers[0].url, mask, cpus) if command else None
     log.info("listening", {"api": servers[0].url, "metrics": servers[1].url,
                            "version": __version__})
@@ -1712,7 +1754,7 @@ def serve(command: list = ()) -> None:
     drain_at_signal(tracker, processes, servers)
 
 
-def start_threads(settings, servers, drainer):
+def start_threads(settings, tracker, servers, drainer):
     """Start every thread that is ever needed for a drain: when a signal comes, there may be no more
     to be had. Return the CPUs that this process might use before.
     """
@@ -1720,6 +1762,7 @@ def start_threads(settings, servers, drainer):
     try:
         log.addHandler(LogHandler(settings.log_format == "json"))
         log.setLevel(settings.log_level)
+        threading.Thread(target=tracker.keep_time, daemon=True).start()
         if drainer:
             drainer.start()
         for server in servers:              # None: it does not poll
