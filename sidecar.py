@@ -1045,9 +1045,9 @@ def headers_of(block):
                             % line[:100])
         name, value = name.lower(), value.strip(" \t")
         headers[name] = headers[name] + ", " + value if name in headers else value
-    if len(HEADERS) >= MAX_SEEN:
-        HEADERS.clear()
     if len(block) <= MAX_SEEN_BYTES:
+        if len(HEADERS) >= MAX_SEEN:
+            HEADERS.clear()
         HEADERS[block] = headers
     return headers
 
