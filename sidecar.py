@@ -928,6 +928,7 @@ IDLE_SECONDS = 60.0             # a connection between two requests
 REQUEST_SECONDS = 10.0          # from the first byte of a request to its last
 SEND_SECONDS = 10.0             # for the kernel to take a whole answer
 SILENT_SECONDS = 1.0            # after which a client that has sent nothing whole may lose its place
+ROOM_SECONDS = 0.25             # that one who counts waits for a place before another one loses its
 LINGER_SECONDS = 1.0            # for the last answer to be sent, or read
 
 HEAD_END = re.compile(rb"\n\r?\n")
@@ -1255,6 +1256,9 @@ class Connection:
         may_go = since is not None and (self.idle or now - since >= SILENT_SECONDS)
         return since if may_go else float("inf")
 
+    def is_busy(self, now):
+        return not self.held and self.idle_since(now) > now
+
     def held_rank(self):
         """Return how it ranks among the held ones: who hung up, starts and those held longest first."""
         try:
@@ -1409,21 +1413,26 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown_request(connected)
 
     def make_room(self, connection):
-        """Return true where there is a place: in a full budget the longest idle one goes.
+        """Return true where the connection has a place, or has got that of another one.
 
-        Who may change the count waits for it: those who are being answered are idle next.
+        Who may change the count waits for those that are being answered, since nothing is lost with
+        them: where it is crowded they close next.
         """
-        neighbours, over_at = connection.neighbours, connection.waiting_since + 2 * SILENT_SECONDS
+        neighbours, began = connection.neighbours, connection.waiting_since
         self.tell(connection, int(len(neighbours) >= CROWDED))
-        while len(neighbours) >= MAX_CONNECTIONS and not self.evict(connection):
-            if not connection.caller.trusted or time.monotonic() >= over_at:
-                return False
-            time.sleep(0.001)
+        while len(neighbours) >= MAX_CONNECTIONS:
+            now = time.monotonic()
+            waits = connection.caller.trusted and any(
+                other.is_busy(now) for other in list(neighbours.values()))
+            if waits and now < began + ROOM_SECONDS or not self.evict(connection, now):
+                if not waits or now >= began + SEND_SECONDS:
+                    return False
+                time.sleep(0.001)
         return True
 
-    def evict(self, connection):
-        """Give it the place of one that idles, or is held; return false where there is none."""
-        now, others = time.monotonic(), list(connection.neighbours.values())
+    def evict(self, connection, now):
+        """Take the place of one that idles or is held; return false where there is none."""
+        others = list(connection.neighbours.values())
         longest = min(others, key=lambda other: other.idle_since(now))
         if longest.idle_since(now) > now:
             held = [other for other in others if other.held]

@@ -677,6 +677,70 @@ class TestHeldStarts(Clockwork):
         self.assertNotIn("slot1:a", self.active)
 
 
+class TestManyRequests(unittest.TestCase):
+    """What the tracker does with very many of them."""
+
+    def test_a_start_need_not_wait_for_the_end_of_a_reset(self):
+        silent = logging.NullHandler()
+        sidecar_module.log.addHandler(silent)
+        self.addCleanup(sidecar_module.log.removeHandler, silent)
+        tracker = sidecar_module.RequestTracker()
+        count = 50000
+        for _ in range(count):
+            tracker.start()
+        given_up = []
+        resetting = threading.Thread(target=lambda: given_up.append(tracker.reset()))
+        resetting.start()
+        until(lambda: tracker.snapshot()["expired_requests"])
+        tracker.start("meanwhile")
+        self.assertLess(tracker.snapshot()["expired_requests"], count)      # it still goes on
+        resetting.join(PATIENCE)
+        self.assertEqual(given_up, [count])
+        self.assertEqual([name for name, _ in tracker.active_requests()], ["meanwhile"])
+
+    def test_the_log_names_some_of_them(self):
+        lines = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append((record.msg, record.args))
+        sidecar_module.log.addHandler(handler)
+        self.addCleanup(sidecar_module.log.removeHandler, handler)
+        tracker = sidecar_module.RequestTracker(grace_period_seconds=0.0)
+        for _ in range(sidecar_module.MAX_NAMED + 7):
+            tracker.start()
+        tracker.begin_drain()
+        tracker.reset()
+        events = collections.Counter(event for event, _ in lines)
+        self.assertEqual(events["request given up"], sidecar_module.MAX_NAMED)
+        self.assertEqual(events["still active"], sidecar_module.MAX_NAMED)
+        self.assertIn(("more requests given up", {"requests": 7}), lines)
+
+
+class TestDurationHint(Case):
+    """A worker whose durations cannot be true is told so once."""
+
+    def ends(self, sidecar, *durations):
+        """Each of a request that took 0.1 s and more, as the sidecar saw it."""
+        for number, _ in enumerate(durations):
+            sidecar.post("/start-request?id=%d" % number)
+        until(lambda: sidecar.get("/requests")[1][-1]["age_seconds"] > 0.1)
+        for number, duration in enumerate(durations):
+            sidecar.post("/end-request?id=%d%s" % (number, duration and "&duration=" + duration))
+
+    def test_gos_defer_that_takes_the_time_before_the_work(self):
+        sidecar = self.sidecar()
+        self.ends(sidecar, *["87ns"] * 9, "60ms", *["87ns"] * 9, "")        # no ten in a row
+        self.ends(sidecar, *["0.2s"] * 10)
+        for _ in range(12):                                     # and what was short was soon over
+            sidecar.post("/start-request?id=a")
+            sidecar.post("/end-request?id=a&duration=87ns")
+        self.ends(sidecar, "100ms")
+        self.assertNotIn("durations are too short", sidecar.log)
+        self.ends(sidecar, *["87ns"] * 10)
+        sidecar.wait_for("WARNING durations are too short duration_seconds=.* hint=.*defer")
+        self.ends(sidecar, *["87ns"] * 30)
+        self.assertEqual(sidecar.log.count("durations are too short"), 1)
+
+
 class TestCounting(Case):
     """POST /start-request, POST /end-request, GET /metrics and GET /requests."""
 
@@ -1595,10 +1659,9 @@ class TestNeverFooled(Case):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.settimeout(PATIENCE)
             connection.connect((sidecar.host, sidecar.port))
-            connection.sendall(b"GET /requests HTTP/1.0\r\n")
-            time.sleep(1.5)                 # it is the time that passes that is tested
-            connection.sendall(b"\r\n")
-            time.sleep(1.5)
+            for piece, seconds in ((b"GET /requests", 1.4), (b" HTTP/1.0\r\n", 0.1), (b"\r\n", 1.5)):
+                connection.sendall(piece)
+                time.sleep(seconds)         # it is the time that passes that is tested
             answer = b"".join(iter(lambda: connection.recv(1 << 20), b""))
         self.assertEqual(len(json.loads(answer.partition(b"\r\n\r\n")[2].decode())), count)
 

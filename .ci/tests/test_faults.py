@@ -208,6 +208,27 @@ for child in children:
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.process.wait(PATIENCE), 0)
 
+    def test_a_wait_whose_time_out_never_comes(self):
+        """So it is where Condition.wait follows the wall clock, and that is set back by a day."""
+        deaf = ("import sys, threading; real = threading.Condition.wait; "
+                "threading.Condition.wait = lambda self, timeout=None: real(self); "
+                "sys.path.insert(0, %r); import sidecar; sys.exit(sidecar.main([]))" % HERE)
+        for caller in ("SIGTERM", "GET /drain"):
+            sidecar = SidecarProcess.__new__(SidecarProcess)
+            Program.__init__(sidecar, sys.executable, "-c", deaf, env={
+                "SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0,
+                "GRACE_PERIOD_SECONDS": 0.5})
+            self._ends_with_test(sidecar)
+            match = sidecar.wait_for(r"listening api=http://(\S+):(\d+)")
+            sidecar.host, sidecar.port = match.group(1), int(match.group(2))
+            sidecar.post("/start-request?id=a")
+            if caller == "SIGTERM":
+                sidecar.signal(signal.SIGTERM)
+                self.assertEqual(sidecar.wait(), 1)
+            else:
+                self.assertEqual(sidecar.get("/drain")[0], 503)
+            sidecar.wait_for("drain timed out")
+
     def test_the_wall_clock_jumps_back_by_a_day(self):
         """Of each time that is waited for or told as an age, none is of the wall clock."""
         with tempfile.TemporaryDirectory() as folder:
