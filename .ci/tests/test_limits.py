@@ -161,7 +161,7 @@ def look():
         sidecar.host, sidecar.source = "127.0.0.1", None
         assert sidecar.post("/end-request?id=a")[0] == 200
         assert sidecar.post("/drain")[0] == 200
-            sidecar.wait_for(r"too many connections: .* client=\S*192\.0\.2\.11")
+        sidecar.wait_for(r"too many connections: .* client=\S*192\.0\.2\.11")
         assert idle
     finally:
         sidecar.kill()
