@@ -1985,18 +1985,19 @@ class TestRun(Case):
             self.assertEqual((run.returncode, run.stderr.count(b"\n")), (2, 1), argv)
 
     def test_what_the_worker_inherits(self):
-        """Standard input, output and errors, other descriptors, signal mask and dispositions: as
-        without the sidecar."""
+        """Standard input, output and errors, other descriptors, signal mask and dispositions."""
+        script = ("read line; echo out $line; echo err >&2; (cd /proc/$$/fd; echo *); "
+                  "while read name mask; do case $name in SigBlk:|SigIgn:|SigCgt:) "
+                  "echo $name $mask;; esac; done </proc/$$/status")
         with tempfile.TemporaryFile() as file:
             os.set_inheritable(file.fileno(), True)
-            script = ("read line; echo out $line; echo err >&2; "
-                      "ls -l /proc/self/fd | sed 's/.*[0-9][0-9]:[0-9][0-9] //' | grep -c tmp; "
-                      "exec grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
             options = dict(input=b"in\n", close_fds=False)
             plain = subprocess.run([shutil.which("sh"), "-c", script], capture_output=True,
                                    timeout=PATIENCE, **options)
             status, output, errors = self.done("sh", "-c", script, **options)
+            self.assertIn(str(file.fileno()), output.splitlines()[1].split())
         self.assertEqual((status, output), (0, plain.stdout.decode()))
+        self.assertEqual(output.count("Sig"), 3)
         self.assertIn("err\n", errors)
         descriptors = self.done(sys.executable, "-c",
                                 "import os; print(len(os.listdir('/proc/self/fd')))")[1]
