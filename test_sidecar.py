@@ -152,10 +152,9 @@ class SidecarProcess(Program):
         connection.sendall(data)
         return connection
 
-    def answers(self, data):
-        """Send bytes, read to the end of the connection; return [(status, headers, body), ...] of
-        the answers."""
-        with self.raw(data) as connection:
+    def answers(self, data, port=None):
+        """Send bytes, and read to the end; return the answers: [(status, headers, body), ...]."""
+        with self.raw(data, port) as connection:
             received = b"".join(iter(lambda: connection.recv(65536), b""))
         found = []
         while received:
@@ -267,6 +266,22 @@ class ScriptedCondition(threading.Condition().__class__):
     def notify_all(self):
         for waiter in self.waiting:
             waiter.notified = True
+
+
+def documented_endpoints():
+    """Return {path: (methods, is it only for those who may change what is counted?)}.
+
+    That is what the docstring of sidecar.py says; TestTables holds the program against it.
+    """
+    text = sidecar_module.__doc__.partition("\nEndpoints")[2].partition("\nOn METRICS_PORT")[0]
+    found = {}
+    for entry in re.split(r"^(?=    [* ] [A-Z]+ +/)", text, flags=re.MULTILINE)[1:]:
+        star, method, path = re.match(r"    ([* ]) ([A-Z]+) +(\S+)", entry).groups()
+        found[path] = {method, *re.findall("([A-Z]+) does the same", entry)}, star == "*"
+    return found
+
+
+ENDPOINTS = documented_endpoints()
 
 
 class TestCounting(Case):
@@ -651,7 +666,7 @@ class TestEndpoints(Case):
 
     def test_head_works_wherever_get_does(self):
         sidecar = self.sidecar()
-        for path in ("/metrics", "/requests", "/health", "/ready"):
+        for path in [path for path, (methods, star) in ENDPOINTS.items() if not star]:
             with_body, without = sidecar.answers(
                 ("GET %s HTTP/1.1\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
             self.assertEqual((with_body[0], without[0]), (200, 200), path)
@@ -673,15 +688,12 @@ class TestEndpoints(Case):
 
     def test_wrong_methods_are_405_with_allow(self):
         sidecar = self.sidecar()
-        for method, path, allow in (("GET", "/start-request", "POST"),
-                                    ("PUT", "/end-request", "POST"),
-                                    ("POST", "/metrics", "GET, HEAD"),
-                                    ("DELETE", "/drain", "GET, POST, HEAD"),
-                                    ("OPTIONS", "/health", "GET, HEAD"),
-                                    ("POST", "/ready", "GET, HEAD")):
-            answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
-            self.assertEqual((answer[0], answer[1]["allow"]), (405, allow))
-            self.assertIn("error", json.loads(answer[2]))
+        for path, (methods, _) in ENDPOINTS.items():
+            allow = ", ".join(sorted(methods) + ["HEAD"] * ("GET" in methods))
+            for method in {"GET", "POST", "PUT", "DELETE", "OPTIONS", "BREW"} - methods:
+                answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
+                self.assertEqual((answer[0], answer[1]["allow"]), (405, allow), (method, path))
+                self.assertIn("error", json.loads(answer[2]))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
         self.assertEqual(sidecar.call("POST", "/metrics", port=sidecar.metrics_port)[0], 405)
 
@@ -890,45 +902,42 @@ class TestHostileClients(Case):
             self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
 
 
+def read_families(text):
+    """Return {family: [type, help, {sample with its labels: value}]} of an exposition.
+
+    AssertionError: a line of it is none, or stands where it may not.
+    """
+    families, current = {}, None
+    for line in text.splitlines():
+        comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
+        sample = re.fullmatch(
+            r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
+        if comment and comment.group(1) == "HELP":
+            current = comment.group(2)
+            assert current not in families, line
+            families[current] = [None, comment.group(3), {}]
+        elif comment:
+            assert comment.group(2) == current, line
+            families[current][0] = comment.group(3)
+        else:
+            assert sample and sample.group(1).startswith(current), line
+            name = sample.group(1) + (sample.group(2) or "")
+            families[current][2][name] = float(sample.group(3))
+    return families
+
+
 class TestPrometheus(Case):
     """Port 9091, as text 0.0.4 and as OpenMetrics."""
-
-    KINDS = {"sidecar_active_requests": "gauge", "sidecar_requests_total": "counter",
-             "sidecar_request_duration_seconds": "histogram",
-             "sidecar_unmatched_ends_total": "counter",
-             "sidecar_oldest_request_age_seconds": "gauge", "sidecar_draining": "gauge",
-             "sidecar_last_request_timestamp_seconds": "gauge",
-             "sidecar_start_time_seconds": "gauge", "sidecar_info": "gauge"}
-
-    def families(self, text):
-        """Return {family: (type, help, {sample with labels: value})} of an exposition; each line is
-        checked."""
-        families, current = {}, None
-        for line in text.splitlines():
-            comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
-            sample = re.fullmatch(
-                r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
-            if comment and comment.group(1) == "HELP":
-                current = comment.group(2)
-                self.assertNotIn(current, families)
-                families[current] = [None, comment.group(3), {}]
-            elif comment:
-                self.assertEqual(comment.group(2), current)
-                families[current][0] = comment.group(3)
-            else:
-                self.assertTrue(sample, line)
-                self.assertTrue(sample.group(1).startswith(current), line)
-                families[current][2][sample.group(1)
-                                     + (sample.group(2) or "")] = float(sample.group(3))
-        return families
 
     def test_every_metric_has_its_help_type_and_value(self):
         sidecar = self.sidecar()
         for path in ("/start-request?id=a", "/start-request?id=b",
                      "/end-request?id=a&duration=40ms", "/end-request"):
             sidecar.post(path)
-        families = self.families(sidecar.prometheus())
-        self.assertEqual({name: families[name][0] for name in self.KINDS}, self.KINDS)
+        families = read_families(sidecar.prometheus())
+        for name, (kind, description, values) in families.items():
+            self.assertIn(kind, ("counter", "gauge", "histogram"), name)
+            self.assertTrue(description and values, name)
         value = {name: samples for _, _, family in families.values()
                  for name, samples in family.items()}
         self.assertEqual([value["sidecar_active_requests"], value["sidecar_requests_total"],
@@ -954,7 +963,7 @@ class TestPrometheus(Case):
         for seconds in durations:
             sidecar.post("/start-request")
             sidecar.post("/end-request?duration=%s" % seconds)
-        _, _, samples = self.families(sidecar.prometheus())["sidecar_request_duration_seconds"]
+        _, _, samples = read_families(sidecar.prometheus())["sidecar_request_duration_seconds"]
         buckets = [(re.search('le="(.*)"', name).group(1), count) for name, count in samples.items()
                    if "_bucket" in name]
         self.assertEqual([bound for bound, _ in buckets],
@@ -980,6 +989,106 @@ class TestPrometheus(Case):
             self.assertEqual(text.endswith("# EOF\n"), "openmetrics" in expected)
             self.assertEqual("# TYPE sidecar_requests counter" in text, "openmetrics" in expected)
             self.assertIn("\nsidecar_requests_total 0\n", text)
+
+
+def readme_table(heading):
+    """Return the rows of the first table below a heading of README, each a list of its cells."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        below = file.read().partition("\n%s\n" % heading)[2]
+    table = re.search(r"^(?:\|.*\n)+", below, re.MULTILINE).group()
+    rows = table.splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+class TestTables(Case):
+    """What the program has stands in its docstring and in README, and nothing else stands there."""
+
+    DOCSTRING = sidecar_module.__doc__
+    VARIABLES = DOCSTRING.partition("\nVariables")[2].partition("\nSIGTERM")[0]
+
+    def routes(self, sidecar, port):
+        """Return {path: [methods]}, as a running sidecar tells who asks for what is not there."""
+        told = sidecar.call("GET", "/nowhere", port=port)[1]["error"]
+        found = {}
+        for path in told.partition("expected one of ")[2].split(", "):
+            answer = sidecar.answers(("BREW %s HTTP/1.0\r\n\r\n" % path).encode(), port)[0]
+            self.assertEqual(answer[0], 405, path)
+            found[path] = set(answer[1]["allow"].split(", ")) - {"HEAD"}
+        return found
+
+    def test_endpoints(self):
+        sidecar = self.sidecar()
+        routes = self.routes(sidecar, sidecar.port)
+        self.assertEqual(routes, {path: methods for path, (methods, _) in ENDPOINTS.items()})
+        in_readme = {}
+        for call, _ in readme_table("## Endpoints, on port 8081"):
+            path = re.search(r"/[-a-z]*", call).group()
+            in_readme.setdefault(path, set()).update(re.findall("GET|POST", call))
+        self.assertEqual(routes, in_readme)
+        self.assertEqual(self.routes(sidecar, sidecar.metrics_port), {"/metrics": {"GET"}})
+        self.assertIn("On METRICS_PORT: GET /metrics,", self.DOCSTRING)
+
+    def test_those_with_a_star_answer_no_page_of_another_site(self):
+        sidecar = self.sidecar()
+        for path, (methods, star) in ENDPOINTS.items():
+            for method in methods:
+                status = sidecar.call(method, path, headers={"Sec-Fetch-Site": "cross-site"})[0]
+                self.assertEqual(status == 403, star, (method, path))
+
+    def test_variables(self):
+        asked_for = []
+
+        class Environment(dict):
+            def get(self, name, default=None):
+                asked_for.append(name)
+                return default
+
+        sidecar_module.Settings(Environment())
+        in_docstring = re.findall("^    ([A-Z_]{2,}) ", self.VARIABLES, re.MULTILINE)
+        in_readme = {name: default for name, default, _ in
+                     readme_table("## Variables, all of them optional")}
+        self.assertEqual(sorted(in_docstring), sorted(set(asked_for)))
+        self.assertEqual(sorted(in_readme), sorted(set(asked_for)))
+
+    def test_their_defaults(self):
+        unset = vars(sidecar_module.Settings({}))
+        for name, default, _ in readme_table("## Variables, all of them optional"):
+            entry = re.search("^    %s .*" % name, self.VARIABLES, re.MULTILINE).group()
+            if default:
+                self.assertRegex(entry, " {2,}%s(:|$)" % re.escape(default))
+            if name != "SIDECAR_HOST":          # Its default is words, not a value.
+                self.assertEqual(vars(sidecar_module.Settings({name: default})), unset, name)
+
+    def test_commands(self):
+        asked = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "brew"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+        commands = asked.stdout.decode().partition("or one of ")[2].strip().split(", ")
+        first, others = re.search(r"python sidecar.py (\w+) +ask a running sidecar.*?also:(.*?)\.",
+                                  self.DOCSTRING, re.DOTALL).groups()
+        self.assertEqual([first] + others.replace(",", " ").split(), commands)
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            told = re.search(r"`python sidecar.py (\w+)` \(or (.*?)\)", file.read(), re.DOTALL)
+        self.assertEqual([told.group(1)] + re.findall(r"`(\w+)`", told.group(2)), commands)
+
+    def test_figures(self):
+        sidecar = self.sidecar()
+        kinds = {name: kind for name, (kind, _, _) in read_families(sidecar.prometheus()).items()}
+        ours = {name: kind for name, kind in kinds.items() if not name.startswith("process_")}
+        in_readme = readme_table("### Metrics")
+        self.assertEqual({name.strip("`"): kind for _, name, kind, _ in in_readme if name}, ours)
+        self.assertEqual([field.strip("`") for field, _, _, _ in in_readme if field],
+                         list(sidecar.get("/metrics")[1]))
+
+    def test_figures_in_the_help(self):
+        sidecar = self.sidecar()
+        told = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "--help"],
+                              stdout=subprocess.PIPE, timeout=PATIENCE).stdout.decode()
+        figures = told.partition("\nFigures")[2]
+        fields = re.findall("^    ([a-z_]+) ", figures, re.MULTILINE)
+        self.assertEqual(fields, list(sidecar.get("/metrics")[1]))
+        families = read_families(sidecar.prometheus())
+        self.assertEqual(re.findall(r"^ +(sidecar_\w+), an? \w+$", figures, re.MULTILINE),
+                         [name for name in families if not name.startswith("process_")])
 
 
 class TestCommands(Case):
@@ -1786,8 +1895,7 @@ class TestPage(Case):
     def test_curl_gets_the_list_of_endpoints(self):
         headers, body = self.front(b"*/*")
         self.assertEqual(headers["content-type"], "text/plain; charset=utf-8")
-        for path in ("/start-request", "/end-request", "/reset", "/metrics", "/requests", "/health",
-                     "/ready", "/drain"):
+        for path in ENDPOINTS:
             self.assertIn(" %s " % path, body)
         self.assertNotIn("Variables", body)
 
@@ -2136,12 +2244,11 @@ class TestRun(Case):
 class TestCallers(Case):
     """Who may call what."""
 
-    CHANGING = (("POST", "/start-request"), ("POST", "/end-request?duration=1s"),
-                ("POST", "/reset"), ("POST", "/drain"), ("GET", "/drain"), ("HEAD", "/drain"))
-
     def test_a_page_of_another_site(self):
         sidecar = self.sidecar()
-        for method, path in self.CHANGING:
+        changing = [(method, path) for path, (methods, star) in ENDPOINTS.items() if star
+                    for method in (methods | {"HEAD"} if "GET" in methods else methods)]
+        for method, path in changing:
             for headers in ({"Origin": "https://example.com"}, {"Origin": "null"}, {"Origin": ""},
                             {"Origin": "http://127.0.0.1.example.com"},
                             {"Origin": "http://localhost.example.com"},
@@ -2152,9 +2259,10 @@ class TestCallers(Case):
                                  (path, headers))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
         self.assertEqual(sidecar.get("/ready")[0], 200)
-        for path in ("/metrics", "/requests", "/health", "/ready"):
-            self.assertEqual(
-                sidecar.call("GET", path, headers={"Origin": "https://example.com"})[0], 200, path)
+        for path, (_, star) in ENDPOINTS.items():
+            headers = {"Origin": "https://example.com"}
+            if not star:
+                self.assertEqual(sidecar.call("GET", path, headers=headers)[0], 200, path)
 
     def test_ipv4_mapped_ipv6_loopback_counts_as_loopback(self):
         trusts = sidecar_module.Api(
