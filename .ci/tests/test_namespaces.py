@@ -113,7 +113,7 @@ class TestOtherHost(Case):
 
 
 def call_as_another():
-    """In a network namespace where 192.0.2.10 is an address of this host: call a sidecar from it."""
+    """In a network namespace where 192.0.2.10 is an address of this host, call a sidecar."""
     for clients, trusted in (("", False), ("192.0.2.10/32", True),
                              ("198.51.100.0/24, 192.0.2.10", True), ("198.51.100.1", False)):
         sidecar = SidecarProcess(SIDECAR_HOST=None, TRUSTED_CLIENTS=clients)
