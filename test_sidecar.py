@@ -39,12 +39,16 @@ PATIENCE = 60
 
 
 class Program:
-    """A process under test: its standard error (and output, where not asked for apart) line by
-    line, its end."""
+    """A process under test: its output line by line, and its end.
+
+    The lines are those of standard error, and of standard output where that is not asked for apart.
+    """
 
     def __init__(self, *argv, **options):
-        """argv: the command; env: variables to add (None takes one away); the rest goes to
-        Popen."""
+        """argv: the command; env: variables to add, or to take away with None.
+
+        The other options are Popen's.
+        """
         env = dict(os.environ, PYTHONUNBUFFERED="1")
         for name, value in options.pop("env", {}).items():
             if value is None:
@@ -73,8 +77,10 @@ class Program:
         return "\n".join(self.lines)
 
     def wait_for(self, pattern, after=0, timeout=PATIENCE):
-        """Return the match of `pattern` in the first line from number `after` on that has one, as
-        soon as it is there."""
+        """Return the match of `pattern` in the first line that has one, as soon as it is there.
+
+        The lines are those from number `after` on.
+        """
         def found():
             return next((match for match in (re.search(pattern, line)
                                              for line in self.lines[after:]) if match), None)
@@ -106,8 +112,9 @@ class Program:
 
 
 class SidecarProcess(Program):
-    """A running sidecar.py on free ports of loopback. Any other keyword is a variable of its
-    environment.
+    """A running sidecar.py on free ports of loopback.
+
+    Any other keyword is a variable of its environment.
 
     `constants` are module constants with other values, so that a test need not wait for as long as
     a user would. `launcher` is what stands in front of the command, such as unshare and its
@@ -171,8 +178,7 @@ class SidecarProcess(Program):
         return self.get("/metrics")[1]["active_requests"]
 
     def sample(self, name):
-        """Return the value of one sample of the Prometheus port; `name` with its labels as they
-        stand there."""
+        """Return the value of a sample of the Prometheus port; `name` is with its labels."""
         pattern = "^%s (.*)$" % re.escape(name)
         return float(re.search(pattern, self.prometheus(), re.MULTILINE).group(1))
 
@@ -202,8 +208,10 @@ class Case(unittest.TestCase):
 
 
 def in_threads(count, function):
-    """Run function(0), function(1), ... at once; return what they return, in order. An exception is
-    raised here."""
+    """Run function(0), function(1), ... at once; return what they return, in order.
+
+    An exception of one is raised here.
+    """
     results = [None] * count
 
     def run(number):
@@ -250,8 +258,10 @@ class FakeTime:
 
 
 class ScriptedCondition(threading.Condition().__class__):
-    """A Condition whose wait() lets the test do what other threads would do, until it is notified
-    or its time is over."""
+    """A Condition whose wait() lets the test do what other threads would do.
+
+    It does so until it is notified or its time is over.
+    """
 
     def __init__(self, meanwhile):
         super().__init__()
@@ -1644,8 +1654,9 @@ class ScriptedSidecar(http.server.ThreadingHTTPServer):
 
 
 class Clients:
-    """What each client in the README must do. A language adds how its blocks become a program, and
-    its own handler.
+    """What each client in the README must do.
+
+    A language adds how its blocks become a program, and its own handler.
 
     Every program reads its messages from standard input, a line each, and ends with status 0 at the
     end of it. "work" takes 60 ms; "hold" lasts until the next line; "throw" throws an error. It
@@ -1913,8 +1924,10 @@ class TestScrapes(Case):
         over = threading.Event()
 
         def work(number):
-            """Start and end requests, many in one piece. Each takes a quarter of a second, it says:
-            sums are exact."""
+            """Start and end requests, many in one piece.
+
+            Each says that it took a quarter of a second, so that sums are exact.
+            """
             paths = ("/start-request", "/start-request?id=%d" % number,
                      "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
             batch = "".join("POST %s HTTP/1.1\r\n\r\n" % path for path in paths).encode() * 25
@@ -2294,8 +2307,10 @@ def run_class(name):
 
 
 def read_result(name, text):
-    """Return what unittest printed as (a line for each test, the problems in detail, {"tests": 7,
-    "failures": 1})."""
+    """Return what unittest printed: a line for each test, the problems in detail, the counts.
+
+    The counts are a dict such as {"tests": 7, "failures": 1}.
+    """
     told, _, verdict = text.rpartition("\n" + "-" * 70 + "\n")
     summary = re.match(r"Ran (\d+) tests? in .*\n\n(?:OK|FAILED|NO TESTS RAN)(?: \((.*)\))?\n",
                        verdict)
@@ -2308,8 +2323,7 @@ def read_result(name, text):
 
 
 def run_all():
-    """Run every class, print what unittest would print of one run of them all, and return the exit
-    status."""
+    """Run every class, print what unittest prints of one run, and return the exit status."""
     began, problems, counts = time.monotonic(), "", collections.Counter()
     classes = [name for name, thing in globals().items() if isinstance(thing, type)
                and name.startswith("Test")]

@@ -177,8 +177,10 @@ def descriptors(pid):
 # ---- Load ----------------------------------------------------------------------------------------
 
 def load(port, connections, seconds, calls=(START, END), close=False):
-    """Let wrk call in turn what `calls` says; return {"turns_a_second", "p50_us", "p99_us",
-    "failed", ...}."""
+    """Let wrk call in turn what `calls` says; return what it measured.
+
+    That is {"turns_a_second", "p50_us", "p99_us", "failed", ...}.
+    """
     argv = ["wrk", "-t%d" % connections, "-c%d" % connections, "-d%ds" % seconds, "--timeout",
             "10s", "-s", os.path.join(PEERS, "load.lua"), "http://127.0.0.1:%d" % port, "--"]
     output = subprocess.run(argv + ["close"] * close + list(calls), stdout=subprocess.PIPE,
@@ -337,8 +339,10 @@ def idle(columns, size):
 
 
 def last_end(columns, size):
-    """With SIGTERM received: from the last /end-request, as it is sent, to the process's exit.
-    Peers have no drain."""
+    """After SIGTERM: from the last /end-request, as it is sent, to the process's exit.
+
+    The peers have no drain.
+    """
     took_ms = []
     for _ in range(size.starts if SIDECAR in columns else 0):
         with Server(SIDECAR) as server:
@@ -406,8 +410,10 @@ def connect_at_once(port):
 
 
 def many_active(columns, size):
-    """What a call costs with many active requests, beside what it costs with none: one must not
-    grow with the other."""
+    """What a call costs with many active requests, beside what it costs with none.
+
+    One must not grow with the other.
+    """
     calls = [("A pair", (START, END), columns),
              ("- a pair with an id", ("POST /start-request?id=a", "POST /end-request?id=a"),
               [SIDECAR]), ("- `GET /metrics`", ("GET /metrics",), columns)]
@@ -451,8 +457,10 @@ def scrape(columns, size):
 
 @contextmanager
 def scraped_each_second(server, took_ms):
-    """Scrape the server's Prometheus port during the `with` block; add what each scrape took to
-    `took_ms`."""
+    """Scrape the server's Prometheus port during the `with` block.
+
+    What each scrape took is added to `took_ms`.
+    """
     stop = threading.Event()
 
     def scrape_until_stopped():
@@ -483,8 +491,9 @@ PARTS = {"pairs": pairs, "track": track, "cold-start": cold_start, "memory": mem
 # ---- Soak ----------------------------------------------------------------------------------------
 
 def soak(seconds):
-    """Load the sidecar in every way for so long; return 1 if its memory, threads or descriptors
-    grow, else 0.
+    """Load the sidecar in every way for so long; return 1 if something grows, else 0.
+
+    What may not grow are its memory, threads and descriptors.
 
     A sample is taken after each round of load, when its connections are closed and what it left
     active is ended. The first quarter is for threads and allocators to take what they keep; the
@@ -515,8 +524,10 @@ def soak(seconds):
 
 
 def settle(pid):
-    """Wait until the server, too, has closed the connections of a load that is over: its
-    descriptors stay equal."""
+    """Wait until the server has closed the connections of a load that is over.
+
+    Its descriptors then stay equal.
+    """
     over_at, equal, last = time.monotonic() + PATIENCE, 0, None
     while equal < 5 and time.monotonic() < over_at:
         count = descriptors(pid)

@@ -47,8 +47,10 @@ SCALE = float(os.environ.get("SIDECAR_TEST_SCALE", "0.1"))
 
 
 def needs(peer, found):
-    """Decorate a test or class that needs a peer: skip it where `found` is false, fail where all
-    are demanded."""
+    """Decorate a test or class that needs a peer: skip it where `found` is false.
+
+    With SIDECAR_TEST_PEERS=all it fails there.
+    """
     if PEERS == "all" and not found:
         def missing(*args):
             raise AssertionError("%s is not installed, and SIDECAR_TEST_PEERS=all" % peer)
@@ -58,8 +60,7 @@ def needs(peer, found):
 
 
 def namespaces():
-    """Return true where a test may make namespaces of its own: root on Linux, but not in every
-    container."""
+    """Return true where a test may make namespaces: root on Linux, but not in every container."""
     try:
         return subprocess.call(
             ["unshare", "--net", "--pid", "--fork", "ip", "link", "set", "lo", "up"],
@@ -72,8 +73,7 @@ NAMESPACES = namespaces()
 
 
 def version_of(command):
-    """Return the first two numbers that `command` prints of its version; (0, 0) where it is
-    missing."""
+    """Return the first two numbers of the version that `command` prints, or (0, 0)."""
     try:
         text = subprocess.run(command, stdout=subprocess.PIPE).stdout.decode()
     except OSError:
@@ -86,8 +86,10 @@ def installed(name):
 
 
 def run(*argv, **options):
-    """Run a command to its end and return what it printed. AssertionError with both outputs where
-    it failed."""
+    """Run a command to its end and return what it printed.
+
+    AssertionError: it failed; both of its outputs are told.
+    """
     options = dict(dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
                    **options)
     done = subprocess.run([str(arg) for arg in argv], **options)

@@ -47,8 +47,10 @@ class Browser:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, method, **params):
-        """Return the result of a DevTools command. The events that come before it are added to
-        `events`."""
+        """Return the result of a DevTools command.
+
+        The events that come before it are added to `events`.
+        """
         self.sent += 1
         message = dict({"id": self.sent, "method": method, "params": params},
                        **{"sessionId": self.session} if self.session else {})
@@ -290,8 +292,10 @@ class TestBrowser(Case):
 
 
 def luminance(color):
-    """Return the luminance of "rgb(R, G, B)", from 0 to 1
-    (https://www.w3.org/TR/WCAG21/#dfn-relative-luminance)."""
+    """Return the luminance of "rgb(R, G, B)", from 0 to 1.
+
+    https://www.w3.org/TR/WCAG21/#dfn-relative-luminance
+    """
     parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
                         for part in parts)

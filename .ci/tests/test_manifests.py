@@ -22,8 +22,7 @@ OPERATORS = {"keda.sh": "keda", "monitoring.coreos.com": "prometheus-operator"}
 
 
 def kustomize(folder="", components=()):
-    """Return the objects that `kubectl apply -k manifests/folder` would send, right after the
-    README's `cp`.
+    """Return what `kubectl apply -k manifests/folder` would send after the README's `cp`.
 
     components: the overlays to switch on first, by uncommenting their lines.
     """
@@ -271,8 +270,10 @@ class TestKubernetesSchemas(Case):
 
 @needs("kubectl, Node.js, or the npm packages @kubernetes-models and typescript", TYPES)
 class TestOperatorTypes(Case):
-    """KEDA's and the Prometheus operator's published types: TypeScript refuses unknown fields,
-    validate() the rest."""
+    """KEDA's and the Prometheus operator's published types.
+
+    TypeScript refuses unknown fields, and validate() the rest.
+    """
 
     def test_every_object(self):
         objects = kustomize(components=["kafka-sasl"]) + kustomize("monitoring")
@@ -301,8 +302,10 @@ class TestOperatorTypes(Case):
             self.check(rule)
 
     def check(self, thing):
-        """Return whether the object is of an operator's kind. AssertionError where the operator
-        would refuse it."""
+        """Return whether the object is of an operator's kind.
+
+        AssertionError: the operator would refuse it.
+        """
         group, _, version = thing["apiVersion"].partition("/")
         if group not in OPERATORS:
             return False
@@ -326,8 +329,10 @@ PROMTOOL = MANIFESTS_BUILD and shutil.which("promtool")
 
 @needs("promtool", PROMTOOL)
 class TestAlerts(Case):
-    """Each alert, evaluated by promtool over a made-up past of one pod: when it is quiet, and when
-    it fires."""
+    """Each alert, evaluated by promtool over a made-up past of one pod.
+
+    It is quiet at some moments, and fires at others.
+    """
 
     LABELS = 'namespace="telegram-serverless", pod="bot-echo-1"'
     SCRAPE = 5          # seconds between two samples, as the PodMonitor says
@@ -345,8 +350,10 @@ class TestAlerts(Case):
         return file.name
 
     def check(self, alert, series, quiet=(), firing=()):
-        """series: {metric: promtool's notation of its samples}; quiet, firing: seconds at which to
-        look."""
+        """`series` is {metric: promtool's notation of its samples}.
+
+        `quiet` and `firing` are the seconds at which to look.
+        """
         def samples(at):
             return {"expr": 'count(ALERTS{alertname="%s", alertstate="firing"}) or vector(0)'
                     % alert, "eval_time": "%ds" % at,

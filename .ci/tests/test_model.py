@@ -10,8 +10,7 @@ import sidecar as sidecar_module      # `sidecar` is what the tests call a runni
 
 
 class Model:
-    """The design of the tracker, as plainly as possible: a list of requests, and what was
-    recorded."""
+    """The tracker, as plainly as possible: a list of requests, and what was recorded."""
 
     def __init__(self, now, grace, quiet, timeout):
         self.grace, self.quiet, self.timeout = grace, quiet, timeout or float("inf")
