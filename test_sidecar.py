@@ -31,7 +31,7 @@ import time
 import types
 import unittest
 
-import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one.
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Seconds after which a wait for an event has failed, whatever the machine; nothing waits it out.
@@ -271,7 +271,7 @@ class ScriptedCondition(threading.Condition().__class__):
         waiter = types.SimpleNamespace(notified=False)
         self.waiting.append(waiter)
         self.meanwhile(waiter, timeout)
-        self.waiting.pop()                        # calls within calls: the last in is the first out
+        self.waiting.pop()                       # Calls within calls: the last in is the first out.
 
     def notify_all(self):
         for waiter in self.waiting:
@@ -588,7 +588,7 @@ class TestDrain(Case):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request?id=a")
         callers = [sidecar.raw(b"GET /drain HTTP/1.1\r\n\r\n") for _ in range(4)]
-        sidecar.get("/health")          # was accepted after them
+        sidecar.get("/health")          # Was accepted after them.
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("INFO signal")
         sidecar.post("/end-request?id=a")
@@ -613,7 +613,7 @@ class TestDrain(Case):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.5)
         sidecar.post("/start-request?id=a")
         self.assertEqual(sidecar.get("/drain")[0], 503)
-        sidecar.signal(signal.SIGTERM)                  # its grace period is over: no second one
+        sidecar.signal(signal.SIGTERM)                  # Its grace period is over: no second one.
         self.assertEqual(sidecar.wait(), 1)
         sidecar.wait_for("still active request_id=a")
 
@@ -628,7 +628,7 @@ class TestDrain(Case):
         sidecar.wait_for("serving again")
         self.assertEqual(sidecar.get("/ready")[0], 200)
         self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], False)
-        sidecar.signal(signal.SIGTERM)                  # and the next drain waits again
+        sidecar.signal(signal.SIGTERM)                  # And the next drain waits again.
         sidecar.wait_for("drain started active_requests=1")
         sidecar.post("/end-request?id=b")
         self.assertEqual(sidecar.wait(), 0)
@@ -656,7 +656,7 @@ class TestDrain(Case):
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGTERM)
-        self.assertEqual(sidecar.get("/ready")[0], 503)     # it is still there
+        self.assertEqual(sidecar.get("/ready")[0], 503)     # It is still there.
         sidecar.post("/end-request")
         self.assertEqual(sidecar.wait(), 0)
         self.assertNotIn("second signal", sidecar.log)
@@ -1146,7 +1146,7 @@ class TestCommands(Case):
 
     def test_without_a_sidecar_there_it_is_one_line_and_1(self):
         with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))            # and nobody listens
+            taken.bind(("127.0.0.1", 0))            # And nobody listens.
             status, output, errors = self.run_sidecar("health", SIDECAR_URL="http://127.0.0.1:%d"
                                                       % taken.getsockname()[1])
         self.assertEqual((status, output, errors.count("\n")), (1, "", 1))
@@ -1275,7 +1275,7 @@ class TestGivenUp(Case):
         until(lambda: sidecar.active() == 0)
         sidecar.wait_for("request given up request_id=hung age_seconds=")
         self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 2)
-        for query in ("?id=hung&duration=7s", "?duration=8s"):          # late, and no error
+        for query in ("?id=hung&duration=7s", "?duration=8s"):          # Late, and no error.
             self.assertEqual(sidecar.post("/end-request" + query),
                              (200, {"active_requests": 0, "draining": False}))
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 15)
@@ -1967,7 +1967,7 @@ class TestScrapes(Case):
                 over.set()
 
         seen = in_threads(4, play)[0]
-        self.assertGreater(len({active for active, _ in seen}), 2)    # or nothing went on meanwhile
+        self.assertGreater(len({active for active, _ in seen}), 2)   # Or nothing went on meanwhile.
         self.assertGreater(len(seen), 30)
 
     def test_what_was_given_up_adds_up_too(self):
@@ -2048,7 +2048,7 @@ class TestRun(Case):
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "only Linux has CPU affinities")
     def test_the_sidecar_keeps_to_one_cpu_and_leaves_the_worker_all_of_them(self):
         sidecar = self.worker()
-        sidecar.get("/health")                           # there is a thread of a connection as well
+        sidecar.get("/health")                          # There is a thread of a connection as well.
         pid = sidecar.process.pid
         cpus = {cpu for thread in os.listdir("/proc/%d/task" % pid)
                 for cpu in os.sched_getaffinity(int(thread))}
@@ -2061,7 +2061,7 @@ class TestRun(Case):
         sidecar.wait_for("got SIGINT")
         sidecar.wait_for("drain completed")
         self.assertIsNone(sidecar.process.poll())
-        sidecar.signal(signal.SIGTERM)                      # a second one
+        sidecar.signal(signal.SIGTERM)                      # A second one.
         self.assertEqual(sidecar.wait(), 3)
 
     def test_a_second_signal_is_passed_on_at_once(self):
@@ -2080,7 +2080,7 @@ class TestRun(Case):
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.get("/ready")[0], 503)
-        sidecar.signal(signal.SIGUSR1)                  # what comes after it is passed on
+        sidecar.signal(signal.SIGUSR1)                  # What comes after it is passed on.
         sidecar.wait_for("got SIGUSR1")
         self.assertNotIn("got SIGTERM", sidecar.log)
         sidecar.post("/end-request")
@@ -2120,7 +2120,7 @@ class TestRun(Case):
             sidecar.wait_for("request given up request_id=%s age_seconds=" % name)
         sidecar.wait_for("worker ended status=137")
         caller.join(PATIENCE)
-        self.assertEqual(len(waiting), 1)                 # whoever waited for a drain got an answer
+        self.assertEqual(len(waiting), 1)                # Whoever waited for a drain got an answer.
 
     def test_other_signals_are_passed_on_at_once(self):
         sidecar = self.worker()
@@ -2212,14 +2212,14 @@ class TestRun(Case):
                                     (lambda: os.write(terminal, b"\x1c"), b"got SIGQUIT"),
                                     (lambda: fcntl.ioctl(terminal, 0x5414, struct.pack(
                                         "HHHH", 7, 7, 7, 7)), b"got SIGWINCH")):
-                press()                   # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ)
+                press()                  # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ).
                 while expected not in shown:
                     shown += read()
-            os.kill(pid, signal.SIGTERM)              # no terminal's, so it drains and passes it on
+            os.kill(pid, signal.SIGTERM)             # No terminal's, so it drains and passes it on.
             while True:
                 try:
                     shown += read()
-                except OSError:                  # the terminal's way to say that all have closed it
+                except OSError:                 # The terminal's way to say that all have closed it.
                     break
         finally:
             os.close(terminal)
@@ -2243,13 +2243,13 @@ class TestRun(Case):
                         with open("%s/%s/status" % (folder, task)) as file:
                             last = file.read().rpartition("\nvoluntary_ctxt_switches:")[2]
                             told[task] = int(last.split()[0])
-                    except OSError:                         # the thread of the call above ends
+                    except OSError:                         # The thread of the call above ends.
                         told[task] = None
                 return told
 
             def unchanged():
                 before = switches()
-                time.sleep(1.5)              # nothing to wait for: it is nothing that should happen
+                time.sleep(1.5)             # Nothing to wait for: it is nothing that should happen.
                 return before == switches()
             until(unchanged, "an idle while")
 
@@ -2295,7 +2295,7 @@ class TestCallers(Case):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-SIDE_BY_SIDE = 4    # classes, each in a process of its own: most of a test is waiting
+SIDE_BY_SIDE = 4    # Classes, each in a process of its own: most of a test is waiting.
 
 
 def run_class(name):
@@ -2314,7 +2314,7 @@ def read_result(name, text):
     told, _, verdict = text.rpartition("\n" + "-" * 70 + "\n")
     summary = re.match(r"Ran (\d+) tests? in .*\n\n(?:OK|FAILED|NO TESTS RAN)(?: \((.*)\))?\n",
                        verdict)
-    if not summary:                         # it was killed, or broke before its first test
+    if not summary:                         # It was killed, or broke before its first test.
         return "", "\n%s ended without a summary:\n%s\n" % (name, text), {"tests": 0, "errors": 1}
     counts = {what: int(count)
               for what, count in re.findall(r"([a-z ]+)=(\d+)", summary.group(2) or "")}

@@ -38,14 +38,14 @@ VENV_PYTHON = os.path.join(CACHE, "venv", "bin", "python")
 GO_PEER = os.path.join(CACHE, "go-peer")
 
 START, END = "POST /start-request", "POST /end-request?duration=1.2s"
-PATIENCE = 60                   # seconds after which a server that does not answer has failed
-BURST_PATIENCE = 10             # seconds after which a connect of a burst has
+PATIENCE = 60                   # Seconds after which a server that does not answer has failed.
+BURST_PATIENCE = 10             # Seconds after which a connect of a burst has failed.
 
 Size = namedtuple(
     "Size", "rounds seconds starts pairs pairs_seconds idle_seconds messages active scrape_seconds")
 FULL = Size(5, 3, 21, 1000000, 120, 30, 5000, 10000, 30)
 QUICK = Size(1, 1, 3, 1000, 1, 2, 200, 1000, 2)
-CONNECTS = 300                  # of a burst
+CONNECTS = 300                  # So many make a burst.
 
 
 # ---- Servers -------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def python_peer(file):
     return [VENV_PYTHON, os.path.join(PEERS, file)]
 
 
-COMMANDS = {                    # the heading of its column: (its name for --only, what starts it)
+COMMANDS = {                    # The heading of its column: (its name for --only, what starts it).
     "`sidecar.py`": ("sidecar", [sys.executable, os.path.join(ROOT, "sidecar.py")]),
     "http.server": ("http.server", python_peer("http_server.py")),
     "Flask, waitress": ("flask", python_peer("flask_waitress.py")),
@@ -152,7 +152,7 @@ def rss_mib(pid):
 
 def cpu_seconds(pid):
     with open("/proc/%d/stat" % pid) as file:
-        fields = file.read().rpartition(") ")[2].split()        # from the third field of proc(5) on
+        fields = file.read().rpartition(") ")[2].split()       # From the third field of proc(5) on.
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -215,7 +215,7 @@ def pairs(columns, size):
     with ExitStack() as stack:
         servers = serve(stack, columns)
         for server in servers.values():
-            load(server.port, 16, 1)                            # warm
+            load(server.port, 16, 1)                            # It warms up.
         for label, connections, close in settings:
             results = {column: [] for column in columns}
             for _ in range(size.rounds):
@@ -326,7 +326,7 @@ def idle(columns, size):
     """Wake-ups and CPU time while nothing happens."""
     with ExitStack() as stack:
         servers = serve(stack, columns)
-        time.sleep(1)                                           # what follows a start is over
+        time.sleep(1)                                           # What follows a start is over by then.
         before = {column: (wake_ups(server.pid), cpu_seconds(server.pid))
                   for column, server in servers.items()}
         time.sleep(size.idle_seconds)
@@ -437,7 +437,7 @@ def many_active(columns, size):
 def scrape(columns, size):
     """Load from 64 connections, with and without a Prometheus scrape each second."""
     took_ms = {column: [] for column in columns}
-    rates = {column: ([], []) for column in columns}            # without a scrape, with
+    rates = {column: ([], []) for column in columns}            # Without and with a scrape.
     with ExitStack() as stack:
         servers = serve(stack, columns)
         for _ in range(size.rounds):

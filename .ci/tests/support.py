@@ -108,7 +108,7 @@ def figures(pid):
     for number in os.listdir("/proc/%d/fd" % pid):
         try:
             sockets += os.readlink("/proc/%d/fd/%s" % (pid, number)).startswith("socket:")
-        except OSError:                     # closed meanwhile
+        except OSError:                     # Closed meanwhile.
             pass
 
     def field(name):

@@ -12,7 +12,7 @@ import unittest
 
 from support import SCALE, Case, figures, in_threads, until
 
-import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one.
 
 
 def read_answers(connection):
@@ -20,16 +20,16 @@ def read_answers(connection):
     pieces, answers = [b""], []
     try:
         pieces.extend(iter(lambda: connection.recv(1 << 18), b""))
-    except ConnectionError:                 # closed with bytes of ours unread
+    except ConnectionError:                 # Closed with bytes of ours unread.
         pass
     received = b"".join(pieces)
-    if received.endswith(b"HTTP/1.1 100 Continue\r\n\r\n"):        # and then the body did not come
+    if received.endswith(b"HTTP/1.1 100 Continue\r\n\r\n"):        # And then the body did not come.
         received = received[:-25]
     stream = io.BytesIO(received)
-    stream.close = lambda: None             # http.client would close it with the first answer
+    stream.close = lambda: None             # http.client would close it with the first answer.
     while stream.tell() < len(received):
         answer = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: stream))
-        answer.begin()                      # it passes over a 100
+        answer.begin()                      # It passes over a 100.
         answers.append((answer.status, answer.read()))
     return answers
 
@@ -179,13 +179,13 @@ class TestFuzz(Case):
                 if piece:
                     try:
                         connection.sendall(piece)
-                    except OSError:   # answered and closed already: an error was in the first piece
+                    except OSError:  # Answered and closed already: an error was in the first piece.
                         pass
         answers = []
         for connection in connections:
             try:
                 connection.shutdown(socket.SHUT_WR)
-            except OSError:                                 # closed already
+            except OSError:                                 # Closed already.
                 pass
             answers.append(read_answers(connection))
             self.check(answers[-1])
@@ -212,7 +212,7 @@ class TestFuzz(Case):
         choice = random.Random(8)
         while number < total:
             batch = []
-            for _ in range(32):              # each connection: three requests, in up to four pieces
+            for _ in range(32):             # Each connection: three requests, in up to four pieces.
                 data = b"".join(self.mutated(choice, number + turn) for turn in range(3))
                 number += 3
                 cuts = sorted(choice.randrange(len(data) + 1) for _ in range(choice.randrange(4)))

@@ -310,7 +310,7 @@ class TestOperatorTypes(Case):
         if group not in OPERATORS:
             return False
         kind = thing["kind"]
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:         # where node_modules is found
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:        # Where node_modules is found.
             path = os.path.join(folder, "thing.mts")
             with open(path, "w") as file:
                 file.write("import { %s, I%s } from '@kubernetes-models/%s/%s/%s/%s';\n"
@@ -335,7 +335,7 @@ class TestAlerts(Case):
     """
 
     LABELS = 'namespace="telegram-serverless", pod="bot-echo-1"'
-    SCRAPE = 5          # seconds between two samples, as the PodMonitor says
+    SCRAPE = 5          # Seconds between two samples, as the PodMonitor says.
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -345,7 +345,7 @@ class TestAlerts(Case):
         self.write("rules.json", {"groups": self.rules["groups"]})
 
     def write(self, name, thing):
-        with open(os.path.join(self.folder, name), "w") as file:        # JSON is YAML
+        with open(os.path.join(self.folder, name), "w") as file:        # JSON is YAML.
             json.dump(thing, file)
         return file.name
 

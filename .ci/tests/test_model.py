@@ -6,7 +6,7 @@ import unittest
 
 from support import SCALE, FakeTime, ScriptedCondition
 
-import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one.
 
 
 class Model:
@@ -19,7 +19,7 @@ class Model:
         self.total = self.unmatched = self.expired = 0
         self.durations = []
         self.idle_since = now
-        self.drain = None                                           # [start, end, completed, final]
+        self.drain = None                                          # [start, end, completed, final]
 
     def give_up(self, request, now):
         self.active.remove(request)
@@ -234,7 +234,7 @@ class TestModel(unittest.TestCase):
         model, snapshot = self.model, self.tracker.snapshot()
         model.pass_time(self.clock.now)
         if model.drain and model.drain[1] is None and model.drain_is_over(self.clock.now):
-            return                       # who waits for it is about to wake up: compared after that
+            return                      # Who waits for it is about to wake up: compared after that.
         counts = [0] * (len(sidecar_module.BUCKETS) + 1)
         for seconds in model.durations:
             counts[sum(seconds > bound for bound in sidecar_module.BUCKETS)] += 1

@@ -82,7 +82,7 @@ class TestPrometheusServer(Case):
             def handle(self):
                 try:
                     super().handle()
-                except OSError:                 # nobody to relay from: the scrape has failed
+                except OSError:                 # Nobody to relay from: the scrape has failed.
                     pass
 
             def log_message(self, *args):
