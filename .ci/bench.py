@@ -326,7 +326,7 @@ def idle(columns, size):
     """Wake-ups and CPU time while nothing happens."""
     with ExitStack() as stack:
         servers = serve(stack, columns)
-        time.sleep(1)                                           # What follows a start is over by then.
+        time.sleep(1)                                           # What follows a start is over.
         before = {column: (wake_ups(server.pid), cpu_seconds(server.pid))
                   for column, server in servers.items()}
         time.sleep(size.idle_seconds)
