@@ -251,25 +251,6 @@ class FakeTime:
         return self.now + 1.6e9
 
 
-class ScriptedCondition(threading.Condition().__class__):
-    """A Condition whose wait() lets the test do what other threads would do, until it is notified
-    or its time is over."""
-
-    def __init__(self, meanwhile):
-        super().__init__()
-        self.meanwhile, self.waiting = meanwhile, []
-
-    def wait(self, timeout=None):
-        waiter = types.SimpleNamespace(notified=False)
-        self.waiting.append(waiter)
-        self.meanwhile(waiter, timeout)
-        self.waiting.pop()                        # calls within calls: the last in is the first out
-
-    def notify_all(self):
-        for waiter in self.waiting:
-            waiter.notified = True
-
-
 class Clockwork(unittest.TestCase):
     """A tracker with a clock that the test moves, and processes that it sets."""
 
@@ -866,7 +847,8 @@ class TestDrain(Case):
     def test_sigterm_waits_for_the_last_request(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             # Only an end wakes it.
-            sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})
+            sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h",
+                                   constants={"REPORT_SECONDS": 3600, "LOOK_SECONDS": 3600})
             sidecar.post("/start-request?id=a")
             sidecar.post("/start-request?id=b")
             sidecar.signal(number)
@@ -939,7 +921,8 @@ class TestDrain(Case):
         self.assertGreaterEqual(time.monotonic() - began, 0.3)
 
     def test_every_caller_of_drain_gets_the_answer(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h",
+                               constants={"REPORT_SECONDS": 3600, "LOOK_SECONDS": 3600})
         sidecar.post("/start-request?id=a")
         with_answers = []
 
