@@ -14,7 +14,7 @@ From test_sidecar.py, which must also run alone:
     Program            any other process: its lines, wait_for, signal, wait
     ENDPOINTS          those that the docstring of sidecar.py has
     until, in_threads  wait for a condition; run a function in threads
-    FakeTime, ScriptedCondition            a clock that the test moves, and what waits by it
+    FakeTime           a clock that the test moves
     ScriptedSidecar, Clients, WORKER       a stand-in, what each README client must do, a worker
     child_of, readme_blocks, samples       a child's pid, README's code, a scrape as a dict
 Here:
@@ -36,8 +36,8 @@ import unittest
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 from test_sidecar import (ENDPOINTS, HERE, OPENMETRICS, PATIENCE, WORKER, Case, Clients, FakeTime,
-                          Program, ScriptedCondition, ScriptedSidecar, SidecarProcess, child_of,
-                          in_threads, readme_blocks, samples, until)
+                          Program, ScriptedSidecar, SidecarProcess, child_of, in_threads,
+                          readme_blocks, samples, until)
 
 CACHE = os.path.join(HERE, ".ci", "cache")      # Git ignores it.
 # With "none" what needs a peer is skipped; with "all" it fails instead of being skipped.
