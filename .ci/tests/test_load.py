@@ -104,7 +104,7 @@ class TestLoad(Case):
         in_threads(self.CLIENTS, client)
         snapshot = tracker.snapshot()
         self.assertEqual((snapshot["active_requests"], snapshot["total_requests"],
-                          sum(snapshot["duration_counts"]), snapshot["unmatched_ends"]),
+                          sum(snapshot["durations"][0]), snapshot["unmatched_ends"]),
                          (0, pairs * self.CLIENTS, pairs * self.CLIENTS, 0))
 
 
