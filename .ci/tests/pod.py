@@ -124,7 +124,8 @@ class Pod:
         self.case, self.objects, self.worker, self.env = case, objects, worker, env
         self.users = users or {}
         self.spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
-        self.containers, self.events, self.gone_after = {}, [], None
+        self.containers, self.gone_after = {}, None
+        self.events, self.times = [], {}        # what happened; when that was, for the last time
         self.folder = tempfile.mkdtemp()
         os.chmod(self.folder, 0o777)
         case.addCleanup(shutil.rmtree, self.folder)
@@ -188,7 +189,7 @@ class Pod:
         """Kill a container, and start it anew."""
         container, = [container for container in self._all() if container["name"] == name]
         self.containers[name].kill()
-        self.events.append("%s crashed" % name)
+        self._note("%s crashed" % name)
         self._start(container)
 
     def connect(self, port):
@@ -239,6 +240,10 @@ class Pod:
         begun, ended = self.facts()
         return sorted(set(begun) - set(ended))
 
+    def _note(self, event):
+        self.events.append(event)
+        self.times[event] = time.monotonic()
+
     def _all(self):
         return self.spec.get("initContainers", []) + self.spec["containers"]
 
@@ -260,8 +265,9 @@ class Pod:
         return launcher
 
     def _start(self, container):
-        name, env = container["name"], environment(container, self.objects)
-        command = self._command(container["command"])
+        name, command = container["name"], self._command(container["command"])
+        # The kubelet adds this one to every container.
+        env = dict(environment(container, self.objects), KUBERNETES_SERVICE_HOST="10.96.0.1")
         if name == "bot":
             run = self.events.count("bot started")
             self.facts_path = os.path.join(self.folder, "facts-%d" % run)
@@ -269,7 +275,7 @@ class Pod:
             env = dict(env, PYTHONPATH=HERE, FACTS=self.facts_path, **self.env)
         self.containers[name] = Container(self.case, self._launcher(name), command, env)
         self.case.addCleanup(self.containers[name].kill)
-        self.events.append("%s started" % name)
+        self._note("%s started" % name)
 
     def _stop(self, container, over_at, others=()):
         """Stop a container after others, which threads stop; its time is over at `over_at`."""
@@ -281,11 +287,11 @@ class Pod:
                              environment(container, self.objects))
             if not hook.ends(over_at - time.monotonic()):
                 hook.kill()
-            self.events.append("%s's preStop hook ended" % name)
+            self._note("%s's preStop hook ended" % name)
         for thread in others:
             thread.join(max(over_at - time.monotonic(), 0))
-        self.events.append("%s got SIGTERM" % name)
+        self._note("%s got SIGTERM" % name)
         self.containers[name].signal(signal.SIGTERM)
         if not self.containers[name].ends(max(over_at - time.monotonic(), 2)):
             self.containers[name].kill()
-        self.events.append("%s ended" % name)
+        self._note("%s ended" % name)

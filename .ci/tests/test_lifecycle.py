@@ -6,16 +6,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import socketserver
 import sys
 import tempfile
 import threading
 import unittest
 
-from pod import Pod
+from pod import Pod, in_network_of
 from support import (CACHE, HERE, NAMESPACES, PATIENCE, Case, in_threads, installed, needs, run,
                      until)
-from test_kafka import KafkaCase, KafkaNode, Replies, needs_kafka
+from test_kafka import KafkaCase, KafkaNode, Proxy, Replies, needs_kafka
 from test_manifests import MANIFESTS_BUILD, containers, kustomize, pick
 
 WORKERS = os.path.join(HERE, ".ci", "tests", "workers")
@@ -486,11 +487,25 @@ class TestPodProcesses(PodCase):
         self.none_cut_off(pod)
 
     @side_by_side
-    def test_another_sidecar_is_waited_for_and_hides_a_crash(self):
+    def test_another_sidecar_hides_a_crash(self):
         pod = self.busy(self.pod(self.WORKER, self.with_another_sidecar()).start(), 4)
         pod.crash("bot")
         until(lambda: pod.call("GET", "/metrics")[1]["active_requests"] == 8, "4 are left behind")
-        self.assertEqual(pod.call("POST", "/reset")[0], 200)
+        self.assertEqual(pod.call("POST", "/reset")[1], {"given_up": 8})
+
+    @side_by_side
+    def test_another_sidecar_hides_a_restart_for_a_while(self):
+        pod = self.busy(self.pod(self.WORKER, self.with_another_sidecar()).start(), 8)
+        pod.restart("bot")
+        self.busy(pod, 8)
+        self.none_cut_off(pod)
+
+    @side_by_side
+    def test_another_sidecar_is_waited_for_in_full(self):
+        pod = self.busy(self.pod(self.WORKER, self.with_another_sidecar()).start(), 8)
+        self.none_cut_off(pod)
+        self.assertLess(pod.events.index("sidecar ended"), pod.events.index("mesh got SIGTERM"))
+        self.assertGreater(pod.times["sidecar ended"] - pod.times["bot ended"], 4)
 
     @side_by_side
     def test_before_1_29_the_sidecar_is_the_last_to_go(self):
@@ -500,10 +515,91 @@ class TestPodProcesses(PodCase):
                         pod.events.index("bot got SIGTERM"))
         self.assertLess(pod.events.index("bot ended"), pod.events.index("sidecar ended"))
 
+    def in_its_first_second(self, worker, *components):
+        """Delete a pod when its containers have just been started."""
+        pod = self.pod(worker, manifest(components)).start(ready=False)
+        statuses = self.delete(pod)
+        self.assertLess(pod.gone_after, GONE_SECONDS, pod.log("sidecar"))
+        self.assertNotIn(-signal.SIGKILL, statuses.values(), pod.log("sidecar"))
+
+    @side_by_side
+    def test_deleted_in_its_first_second(self):
+        self.in_its_first_second(self.WORKER)
+
+    @side_by_side
+    def test_deleted_in_its_first_second_before_1_29(self):
+        self.in_its_first_second(self.WORKER, "pre-1.29")
+
+    @side_by_side
+    def test_bot_deleted_in_its_first_second(self):
+        self.in_its_first_second(None)
 
 
+@needs("requests, or tini", installed("requests") and shutil.which("tini"))
+@needs_pods
+class TestHolding(PodCase):
+    """Where starts are held, and where they are not. With an init the worker is not PID 1, so that
+    SIGTERM ends it in a PID namespace of its own too."""
 
-@needs("kubectl, or the Python package PyYAML", MANIFESTS_BUILD)
+    INIT = ["tini", "--"]
+
+    def goes_on(self, pod):
+        """Delete a pod whose worker is to begin messages all through the drain."""
+        begun = len(self.busy(pod, 3).facts()[0])
+        statuses = self.delete(pod)
+        self.assertGreater(len(pod.facts()[0]), begun + 2, pod.log("sidecar"))
+        return statuses
+
+    @side_by_side
+    def test_auto_does_not_hold_where_the_namespace_is_not_shared(self):
+        pod = self.pod(python_worker("threads.py", seconds=0.3),
+                       manifest(grace_seconds=4, shares=False)).start()
+        statuses = self.goes_on(pod)
+        self.assertEqual(statuses["bot"], -signal.SIGKILL, "SIGTERM without a handler, as PID 1")
+        self.assertEqual(pod.log("sidecar").count("shareProcessNamespace"), 1, pod.log("sidecar"))
+
+    @side_by_side
+    def test_always(self):
+        pod = self.pod(self.INIT + python_worker("threads.py", threads=4),
+                       manifest(shares=False, HOLD_STARTS="always")).start()
+        self.none_cut_off(self.busy(pod, 8), worker_status=128 + signal.SIGTERM)
+
+    @side_by_side
+    def test_never(self):
+        pod = self.pod(python_worker("threads.py", seconds=0.3),
+                       manifest(grace_seconds=4, HOLD_STARTS="never")).start()
+        self.assertEqual(self.goes_on(pod)["bot"], -signal.SIGTERM)
+
+    @side_by_side
+    def test_hold_true_in_the_query(self):
+        pod = self.pod(self.INIT + python_worker("threads.py", threads=4, hold="true"),
+                       manifest(shares=False)).start()
+        self.none_cut_off(self.busy(pod, 8), worker_status=128 + signal.SIGTERM)
+
+    @side_by_side
+    def test_hold_false_in_the_query(self):
+        """As for one that finishes what it has when SIGTERM comes."""
+        pod = self.pod(python_worker("threads.py", seconds=0.3, hold="false", handler=1),
+                       manifest(grace_seconds=4)).start()
+        self.assertEqual(self.goes_on(pod)["bot"], 0)
+        self.assertEqual(pod.in_hand(), [])
+
+
+class PodBroker(Proxy):
+    """A broker of this machine, on the same port of a pod's own loopback."""
+
+    def __init__(self, pod, port):
+        def listening():
+            server = socket.socket()
+            server.bind(("127.0.0.1", port))
+            server.listen()
+            return server
+        self.target, self.spoil, self.port = port, None, port
+        self.server = in_network_of(pod.pause.pid, listening)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+
+@needs_pods
 @needs_kafka
 class TestLifecycleOnKafka(KafkaCase):
     """The bot of the manifest, its sidecar and a real Kafka."""
@@ -511,6 +607,12 @@ class TestLifecycleOnKafka(KafkaCase):
     @classmethod
     def setUpClass(cls):
         cls.use(KafkaNode())
+
+    def pod(self, objects):
+        pod = Pod(self, objects)
+        broker = PodBroker(pod, int(self.brokers.rpartition(":")[2]))
+        self.addCleanup(broker.close)
+        return pod.start()
 
     def test_scaled_0_3_1_0_1_in_the_stream_each_update_is_answered_once(self):
         self.topics(incoming=6, outgoing=3)
@@ -532,12 +634,12 @@ class TestLifecycleOnKafka(KafkaCase):
         streaming.start()
         self.addCleanup(over.set)
         replies = Replies(self)
-        pods = in_threads(3, lambda number: Pod(self, objects).start())
+        pods = in_threads(3, lambda number: self.pod(objects))
         for removed in pods[:2], pods[2:]:
             replies.read(len(replies.texts) + 200)
             for statuses in in_threads(len(removed), lambda number: removed[number].delete()):
                 self.assertEqual(statuses, {"sidecar": 0, "bot": 0})
-        Pod(self, objects).start()
+        self.pod(objects)
         over.set()
         streaming.join()
         replies.read(len(sent)).rest()
