@@ -348,24 +348,27 @@ class TestWorkers(PodCase):
 
     @side_by_side
     def test_batch_that_is_half_started(self):
-        pod = self.pod(python_worker("batches.py", seconds=0.1, between=0.3)).start()
-        self.none_cut_off(self.busy(pod, 16))
+        pod = self.pod(python_worker("batches.py", seconds=0.1, between=0.3, backlog=20)).start()
+        self.none_cut_off(self.busy(pod, 18))
+        self.assertEqual(len(pod.facts()[1]), 20)
 
     @side_by_side
     def test_request_within_a_request(self):
         pod = self.pod(python_worker("nested.py")).start()
-        self.none_cut_off(self.busy(pod, 1))
+        self.none_cut_off(self.busy(pod, 1), within=20)
 
     @side_by_side
     def test_aiohttp_with_a_second_for_the_whole_call_and_two_retries(self):
-        pod = self.pod(python_worker("event_loop.py", handlers=6, tries=3, backlog=36)).start()
+        """Each try counts once more, and what no end comes for lapses."""
+        pod = self.pod(python_worker("event_loop.py", handlers=6, tries=3, backlog=36,
+                                     seconds="0.3,0.6,0.9,1.2,1.5,2")).start()
         self.none_cut_off(self.busy(pod, 12), within=30)
         self.assertEqual(len(pod.facts()[1]), 36)
 
     @side_by_side
     def test_start_that_gave_up_is_counted(self):
         """Message 3 is begun because its start gave up, and it is the last to end."""
-        pod = self.pod(python_worker("event_loop.py", handlers=2, seconds="6,2,12",
+        pod = self.pod(python_worker("event_loop.py", handlers=2, seconds="6,2,8",
                                      backlog=3)).start()
         self.none_cut_off(self.busy(pod, 2))
         self.assertEqual(len(pod.facts()[1]), 3)
@@ -373,7 +376,8 @@ class TestWorkers(PodCase):
     @side_by_side
     def test_aiohttp_with_a_second_for_the_whole_call_is_as_before(self):
         """README: protected in part. It finds nothing hung, and ends when its time is over."""
-        pod = self.pod(python_worker("event_loop.py"), manifest(grace_seconds=10)).start()
+        pod = self.pod(python_worker("event_loop.py", seconds="0.5,1,1.5,2"),
+                       manifest(grace_seconds=10)).start()
         self.in_time(self.busy(pod, 8))
 
     @side_by_side
@@ -396,8 +400,10 @@ class TestWorkers(PodCase):
 
     @side_by_side
     def test_pool_of_one_connection(self):
-        pod = self.pod(python_worker("threads.py", threads=4, client="pool", seconds=1)).start()
+        pod = self.pod(python_worker("threads.py", threads=4, client="pool", seconds=1,
+                                     backlog=32)).start()
         self.none_cut_off(self.busy(pod, 8))
+        self.assertEqual(len(pod.facts()[1]), 32)
 
     @side_by_side
     def test_urllib(self):
