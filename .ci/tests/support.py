@@ -13,7 +13,7 @@ From test_sidecar.py, which must also run alone:
     SidecarProcess     a running sidecar: get, post, call, raw, answers, sample, wait_for, signal
     Program            any other process: its lines, wait_for, signal, wait
     until, in_threads  wait for a condition; run a function in threads
-    FakeTime, ScriptedCondition            a clock that the test moves, and what waits by it
+    FakeTime           a clock that the test moves
     ScriptedSidecar, Clients, WORKER       a stand-in, what each README client must do, a worker
     child_of, readme_blocks, samples       a child's pid, README's code, a scrape as a dict
 Here:
@@ -35,7 +35,7 @@ import unittest
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 from test_sidecar import (HERE, OPENMETRICS, PATIENCE, WORKER, Case, Clients, FakeTime, Program,
-                          ScriptedCondition, ScriptedSidecar, SidecarProcess, child_of, in_threads,
+                          ScriptedSidecar, SidecarProcess, child_of, in_threads,
                           readme_blocks, samples, until)
 
 CACHE = os.path.join(HERE, ".ci", "cache")      # Git ignores it.
