@@ -42,23 +42,28 @@ def needs_pods(case):
     return needs("a root who may make namespaces", NAMESPACES)(case)
 
 
+def pod_spec(objects):
+    return pick(objects, "Deployment")["spec"]["template"]["spec"]
+
+
 def manifest(components=(), grace_seconds=None, shares=None, **variables):
     """Return what kustomize builds, with changes.
 
     components: the overlays. grace_seconds: the sidecar's grace period; the pod's keeps its
-    distance to it. shares: whether its containers share the process namespace. variables: more of
-    the sidecar's.
+    distance to it. shares: whether its containers share the process namespace. variables: others of
+    the sidecar's, or others' values.
     """
     objects = kustomize(components=components)
-    spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
-    env = containers(objects)["sidecar"]["env"]
+    sidecar = containers(objects)["sidecar"]
+    values = {entry["name"]: entry["value"] for entry in sidecar["env"]}
     if grace_seconds is not None:
-        grace, = [entry for entry in env if entry["name"] == "GRACE_PERIOD_SECONDS"]
-        spec["terminationGracePeriodSeconds"] += grace_seconds - int(grace["value"])
-        grace["value"] = str(grace_seconds)
+        pod_spec(objects)["terminationGracePeriodSeconds"] += \
+            grace_seconds - int(values["GRACE_PERIOD_SECONDS"])
+        values["GRACE_PERIOD_SECONDS"] = str(grace_seconds)
     if shares is not None:
-        spec["shareProcessNamespace"] = shares
-    env += [{"name": name, "value": value} for name, value in variables.items()]
+        pod_spec(objects)["shareProcessNamespace"] = shares
+    values.update(variables)
+    sidecar["env"] = [{"name": name, "value": value} for name, value in values.items()]
     return objects
 
 
@@ -205,14 +210,13 @@ while True:
 
 
 @needs_pods
-class TestLifecycle(Case):
+class TestLifecycle(PodCase):
     """What the kubelet does to a pod, played through with the manifest as it is, and with a piece
     taken out. The worker is README's, without its signal handler."""
 
-    def setUp(self):
-        self.objects = kustomize()
-        self.spec = pick(self.objects, "Deployment")["spec"]["template"]["spec"]
-        self.queue = None
+    def __init__(self, name):
+        super().__init__(name)
+        self.queue, self.pods = None, []
 
     def pod(self, objects, last=None, **env):
         """Start a pod with the worker above, on one queue for all of the test's pods."""
@@ -221,13 +225,18 @@ class TestLifecycle(Case):
             self.addCleanup(shutil.rmtree, self.queue.folder)
             self.addCleanup(self.queue.server_close)
             self.addCleanup(self.queue.shutdown)
-        return Pod(self, objects, [sys.executable, "-c", QUEUE_WORKER],
-                   QUEUE=self.queue.path, **env).start()
+        pod = Pod(self, objects, [sys.executable, "-c", QUEUE_WORKER],
+                  QUEUE=self.queue.path, **env).start()
+        self.pods.append(pod)
+        return pod
 
     def answered_twice(self, objects):
-        """Scale 0 -> 3 -> 1 -> 0 -> 1 in the middle of the stream; return how many messages were
-        answered twice."""
+        """Scale 0 -> 3 -> 1 -> 0 -> 1 in the middle of the stream; return the messages that were
+        answered twice, and what happened."""
         pods = [self.pod(objects) for _ in range(3)]
+        for pod in pods:        # before 1.29 the worker may be there first, and go on without it
+            if "sidecar" in pod.containers:
+                until(lambda: pod.call("GET", "/metrics")[1]["total_requests"])
         for removed in pods[:2], pods[2:]:
             answered = len(self.queue.answers) + 6
             self.queue.wait_for(lambda: len(self.queue.answers) >= answered)
@@ -237,39 +246,49 @@ class TestLifecycle(Case):
             self.queue.last = self.queue.sent + 6
         self.queue.wait_for(lambda: len(self.queue.answers) == self.queue.last
                             and not self.queue.left)
-        return sum(1 for count in self.queue.answers.values() if count > 1)
+        twice = [message for message, count in self.queue.answers.items() if count > 1]
+        return twice, "\n".join("%s\n%s" % (pod.events, pod.log("sidecar")) for pod in self.pods
+                                if "sidecar" in pod.containers)
 
+    @side_by_side
     def test_no_message_twice_with_the_manifest(self):
-        self.assertEqual(self.answered_twice(self.objects), 0)
+        twice, told = self.answered_twice(manifest())
+        self.assertEqual(twice, [], told)
 
+    @side_by_side
     def test_no_message_twice_before_1_29(self):
-        self.assertEqual(self.answered_twice(kustomize(components=["pre-1.29"])), 0)
+        twice, told = self.answered_twice(manifest(["pre-1.29"]))
+        self.assertEqual(twice, [], told)
 
+    @side_by_side
     def test_messages_twice_without_the_preStop_hook(self):
-        del self.spec["containers"][0]["lifecycle"]
-        self.assertGreater(self.answered_twice(self.objects), 0)
+        objects = manifest()
+        del pod_spec(objects)["containers"][0]["lifecycle"]
+        self.assertTrue(self.answered_twice(objects)[0])
 
+    @side_by_side
     def test_messages_twice_without_the_sidecar(self):
-        del self.spec["initContainers"]
-        self.assertGreater(self.answered_twice(self.objects), 0)
+        objects = manifest()
+        del pod_spec(objects)["initContainers"]
+        self.assertTrue(self.answered_twice(objects)[0])
 
+    @side_by_side
     def test_quiet_period_covers_a_message_that_was_taken_and_not_reported_yet(self):
-        pod = self.pod(self.objects, last=1, PAUSE=0.3)
+        pod = self.pod(manifest(), last=1, PAUSE=0.3)
         self.queue.wait_for(lambda: self.queue.sent)
         pod.delete()
         self.assertFalse(self.queue.left)
 
+    @side_by_side
     def test_without_quiet_period_that_message_is_cut_off(self):
-        quiet_period, = [entry for entry in self.spec["initContainers"][0]["env"]
-                         if entry["name"] == "QUIET_PERIOD_SECONDS"]
-        quiet_period["value"] = "0"
-        pod = self.pod(self.objects, last=1, PAUSE=PATIENCE)
+        pod = self.pod(manifest(QUIET_PERIOD_SECONDS="0"), last=1, PAUSE=PATIENCE)
         self.queue.wait_for(lambda: self.queue.sent)
         pod.delete()
         self.assertEqual(self.queue.left, {1})
 
+    @side_by_side
     def test_order(self):
-        pod = self.pod(self.objects, last=1)
+        pod = self.pod(manifest(), last=1)
         self.queue.wait_for(lambda: self.queue.answers)
         statuses = pod.delete()
         self.assertEqual(pod.events, [
@@ -278,9 +297,10 @@ class TestLifecycle(Case):
         self.assertEqual(statuses, {"sidecar": 0, "bot": -signal.SIGTERM})
         self.assertFalse(self.queue.left)
 
+    @side_by_side
     def test_probes_while_the_pod_goes(self):
-        pod = self.pod(self.objects, last=0)
-        sidecar, = self.spec["initContainers"]
+        objects = manifest()
+        pod, sidecar = self.pod(objects, last=0), containers(objects)["sidecar"]
         pod.call("POST", "/start-request")
         removal = threading.Thread(target=pod.delete)
         removal.start()
@@ -291,17 +311,19 @@ class TestLifecycle(Case):
         pod.call("POST", "/end-request")
         removal.join()
 
+    @side_by_side
     def test_request_that_never_ends(self):
         """With every second of the manifest made a tenth: the hook gives up, then the pod's own
         time is over."""
-        self.spec["terminationGracePeriodSeconds"] /= 10
-        for variable in self.spec["initContainers"][0]["env"]:
+        objects = manifest()
+        pod_spec(objects)["terminationGracePeriodSeconds"] /= 10
+        for variable in containers(objects)["sidecar"]["env"]:
             variable["value"] = str(float(variable["value"]) / 10)
         worker = (
             "import signal, time; from echo_bot import Sidecar; signal.signal(signal.SIGTERM, "
             "signal.SIG_IGN)\n"
             "with Sidecar().track(): print('stuck', flush=True); time.sleep(%d)" % PATIENCE)
-        pod = Pod(self, self.objects, [sys.executable, "-c", worker]).start()
+        pod = Pod(self, objects, [sys.executable, "-c", worker]).start()
         pod.containers["bot"].program.wait_for("stuck")
         self.assertEqual(pod.delete(), {"sidecar": 1, "bot": -signal.SIGKILL})
         self.assertLess(pod.events.index("bot's preStop hook ended"),
@@ -464,8 +486,7 @@ class TestPodProcesses(PodCase):
 
     def with_another_sidecar(self, **options):
         objects = manifest(**options)
-        spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
-        spec["initContainers"].insert(0, self.OTHER)
+        pod_spec(objects)["initContainers"].insert(0, self.OTHER)
         return objects
 
     def crash_twice(self, pod):
