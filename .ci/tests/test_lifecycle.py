@@ -274,7 +274,7 @@ class TestLifecycle(PodCase):
 
     @side_by_side
     def test_quiet_period_covers_a_message_that_was_taken_and_not_reported_yet(self):
-        pod = self.pod(manifest(), last=1, PAUSE=0.3)
+        pod = self.pod(manifest(), last=1, PAUSE=0.2)
         self.queue.wait_for(lambda: self.queue.sent)
         pod.delete()
         self.assertFalse(self.queue.left)
@@ -510,8 +510,9 @@ class TestPodProcesses(PodCase):
     def test_restart_of_the_container_serves_again_at_once(self):
         pod = self.busy(self.pod(self.WORKER).start(), 8)
         pod.restart("bot")
-        self.busy(pod, 8)
-        self.none_cut_off(pod)
+        self.none_cut_off(self.busy(pod, 8))
+        self.assertEqual(pod.log("sidecar").count("the worker was restarted"), 1,
+                         pod.log("sidecar"))
 
     @side_by_side
     def test_another_sidecar_hides_a_crash(self):
@@ -524,8 +525,8 @@ class TestPodProcesses(PodCase):
     def test_another_sidecar_hides_a_restart_for_a_while(self):
         pod = self.busy(self.pod(self.WORKER, self.with_another_sidecar()).start(), 8)
         pod.restart("bot")
-        self.busy(pod, 8)
-        self.none_cut_off(pod)
+        self.none_cut_off(self.busy(pod, 8))
+        self.assertNotIn("the worker was restarted", pod.log("sidecar"))
 
     @side_by_side
     def test_another_sidecar_is_waited_for_in_full(self):
