@@ -1807,7 +1807,7 @@ class TestSidecarClient(Case):
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 2)
 
     def test_draining_is_told(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.2)
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         client = self.client(sidecar.url)
         sidecar.post("/start-request?id=other")
         drain = threading.Thread(target=sidecar.get, args=("/drain",), daemon=True)
@@ -1817,8 +1817,10 @@ class TestSidecarClient(Case):
         sidecar.wait_for("drain started")
         with client.track():
             self.assertTrue(client.draining)
+        self.assertFalse(client.ready())
+        sidecar.post("/reset")              # no SIGTERM came
         drain.join(PATIENCE)
-        until(client.ready)                 # no SIGTERM came
+        self.assertTrue(client.ready())
         self.assertFalse(client.draining)
 
     def test_a_connection_that_the_sidecar_closed_is_opened_again(self):
@@ -1973,7 +1975,7 @@ class TestConsole(Case):
         self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 1)
 
     def test_while_the_sidecar_drains_nothing_is_taken(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=1)
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         bot = self.bot(SIDECAR_URL=sidecar.url)
         self.say(bot, "before")
         bot.wait_for("Echo: before")
@@ -1986,8 +1988,8 @@ class TestConsole(Case):
         bot.wait_for("Echo: in hand")
         bot.wait_for("the sidecar is draining")
         self.assertNotIn("Echo: afterwards", bot.log)
-        bot.wait_for("Echo: afterwards")                # the drain was undone: no SIGTERM came
-        sidecar.wait_for("serving again")
+        sidecar.post("/reset")                          # no SIGTERM came
+        bot.wait_for("Echo: afterwards")
         drain.join(PATIENCE)
 
     def test_replies_keep_telegrams_limits(self):
@@ -2222,7 +2224,7 @@ class Clients:
             sidecar.wait_for("path=/ready", after=before)
             before = len(sidecar.lines)
         self.assertNotIn("took work b", worker.log)
-        sidecar.post("/start-request")          # brings the sidecar back to serving
+        sidecar.post("/reset")                  # brings the sidecar back to serving
         worker.wait_for("did work b")
         self.assertEqual(self.finish(worker), 0, worker.log)
 
