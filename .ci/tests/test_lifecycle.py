@@ -73,6 +73,12 @@ def python_worker(program, **options):
         "%s=%s" % option for option in options.items()]
 
 
+def out_of_step(count, seconds=2):
+    """Return the work of messages so that `count` at a time do not end together, but evenly spread;
+    else all would be held at once, and the count would be zero before a client gives up."""
+    return ",".join("%.2f" % (seconds * (number + 1) / count) for number in range(count))
+
+
 class PodCase(Case):
     """Tests that play pods. Those that are decorated with side_by_side begin with their class: of
     all that were picked, AT_ONCE at a time."""
@@ -349,12 +355,13 @@ class TestWorkers(PodCase):
 
     @side_by_side
     def test_4_threads_of_2_s(self):
-        pod = self.pod(python_worker("threads.py", threads=4)).start()
+        pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4))).start()
         self.none_cut_off(self.busy(pod, 8))
 
     @side_by_side
     def test_16_threads_of_2_s(self):
-        pod = self.pod(python_worker("threads.py", threads=16)).start()
+        pod = self.pod(python_worker("threads.py", threads=16,
+                                     seconds=out_of_step(16))).start()
         self.none_cut_off(self.busy(pod, 32))
 
     @side_by_side
@@ -383,7 +390,7 @@ class TestWorkers(PodCase):
     def test_aiohttp_with_a_second_for_the_whole_call_and_two_retries(self):
         """Each try counts once more, and what no end comes for lapses."""
         pod = self.pod(python_worker("event_loop.py", handlers=6, tries=3, backlog=36,
-                                     seconds="0.3,0.6,0.9,1.2,1.5,2")).start()
+                                     seconds=out_of_step(6))).start()
         self.none_cut_off(self.busy(pod, 12), within=30)
         self.assertEqual(len(pod.facts()[1]), 36)
 
@@ -398,15 +405,15 @@ class TestWorkers(PodCase):
     @side_by_side
     def test_aiohttp_with_a_second_for_the_whole_call_is_as_before(self):
         """README: protected in part. It finds nothing hung, and ends when its time is over."""
-        pod = self.pod(python_worker("event_loop.py", seconds="0.5,1,1.5,2"),
+        pod = self.pod(python_worker("event_loop.py", seconds=out_of_step(4)),
                        manifest(grace_seconds=10)).start()
         self.in_time(self.busy(pod, 8))
 
     @side_by_side
     def test_blocking_client_in_an_event_loop_is_as_before(self):
         """README: protected in part, likewise."""
-        pod = self.pod(python_worker("event_loop.py", handlers=10, client="requests"),
-                       manifest(grace_seconds=10)).start()
+        pod = self.pod(python_worker("event_loop.py", handlers=10, client="requests",
+                                     seconds=out_of_step(10)), manifest(grace_seconds=10)).start()
         self.in_time(self.busy(pod, 20))
 
     @side_by_side
@@ -417,19 +424,21 @@ class TestWorkers(PodCase):
 
     @side_by_side
     def test_handler_that_lets_its_threads_finish(self):
-        pod = self.pod(python_worker("threads.py", threads=4, handler=1)).start()
+        pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4),
+                                     handler=1)).start()
         self.none_cut_off(self.busy(pod, 8), worker_status=0)
 
     @side_by_side
     def test_pool_of_one_connection(self):
-        pod = self.pod(python_worker("threads.py", threads=4, client="pool", seconds=1,
-                                     backlog=32)).start()
+        pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4, 1),
+                                     client="pool", backlog=32)).start()
         self.none_cut_off(self.busy(pod, 8))
         self.assertEqual(len(pod.facts()[1]), 32)
 
     @side_by_side
     def test_urllib(self):
-        pod = self.pod(python_worker("threads.py", threads=4, client="urllib")).start()
+        pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4),
+                                     client="urllib")).start()
         self.none_cut_off(self.busy(pod, 8))
 
     def in_time(self, pod):
@@ -480,7 +489,7 @@ class TestNodeWorker(PodCase):
 class TestPodProcesses(PodCase):
     """What the sidecar makes of the processes of its pod."""
 
-    WORKER = python_worker("threads.py", threads=4)
+    WORKER = python_worker("threads.py", threads=4, seconds=out_of_step(4))
     # It is listed first, so it is told last.
     OTHER = {"name": "mesh", "command": ["sleep", "600"], "restartPolicy": "Always"}
 
@@ -503,7 +512,7 @@ class TestPodProcesses(PodCase):
 
     @side_by_side
     def test_crashes_as_two_users(self):
-        worker = ["/usr/bin/python3"] + python_worker("threads.py", threads=4, client="urllib")[1:]
+        worker = ["/usr/bin/python3"] + self.WORKER[1:] + ["client=urllib"]
         self.crash_twice(self.pod(worker, users={"sidecar": 65532, "bot": 1001}).start())
 
     @side_by_side
@@ -570,6 +579,7 @@ class TestHolding(PodCase):
     SIGTERM ends it in a PID namespace of its own too."""
 
     INIT = ["tini", "--"]
+    WORKER = python_worker("threads.py", threads=4, seconds=out_of_step(4))
 
     def goes_on(self, pod):
         """Delete a pod whose worker is to begin messages all through the drain."""
@@ -588,7 +598,7 @@ class TestHolding(PodCase):
 
     @side_by_side
     def test_always(self):
-        pod = self.pod(self.INIT + python_worker("threads.py", threads=4),
+        pod = self.pod(self.INIT + self.WORKER,
                        manifest(shares=False, HOLD_STARTS="always")).start()
         self.none_cut_off(self.busy(pod, 8), worker_status=128 + signal.SIGTERM)
 
@@ -600,8 +610,7 @@ class TestHolding(PodCase):
 
     @side_by_side
     def test_hold_true_in_the_query(self):
-        pod = self.pod(self.INIT + python_worker("threads.py", threads=4, hold="true"),
-                       manifest(shares=False)).start()
+        pod = self.pod(self.INIT + self.WORKER + ["hold=true"], manifest(shares=False)).start()
         self.none_cut_off(self.busy(pod, 8), worker_status=128 + signal.SIGTERM)
 
     @side_by_side

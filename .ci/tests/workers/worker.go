@@ -1,4 +1,5 @@
-// The platform's own Go client, which never gives up: four goroutines, two seconds a message, always more to do.
+// The platform's own Go client, which never gives up: four goroutines that are out of step, two
+// seconds a message, always more to do.
 package main
 
 import (
@@ -25,7 +26,7 @@ func work(facts *os.File) {
 		message := number.Add(1)
 		tell("/start-request")
 		fmt.Fprintf(facts, "begin %d\n", message)
-		time.Sleep(2 * time.Second)
+		time.Sleep(min(time.Duration(message)*500*time.Millisecond, 2*time.Second))
 		fmt.Fprintf(facts, "end %d\n", message)
 		tell("/end-request")
 	}

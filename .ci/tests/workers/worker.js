@@ -1,5 +1,5 @@
-// The platform's own Node.js client, which never gives up: four loops, two seconds a message, always more to do.
-// The argument says how it calls: axios, fetch, or http (node:http).
+// The platform's own Node.js client, which never gives up: four loops that are out of step, two
+// seconds a message, always more to do. The argument says how it calls: axios, fetch, or http.
 const fs = require("node:fs");
 const http = require("node:http");
 const { setTimeout: sleep } = require("node:timers/promises");
@@ -30,7 +30,7 @@ async function work() {
     const message = ++number;
     await tell("/start-request");
     fs.writeSync(facts, `begin ${message}\n`);
-    await sleep(2000);
+    await sleep(Math.min(message * 500, 2000));
     fs.writeSync(facts, `end ${message}\n`);
     await tell("/end-request");
   }
