@@ -436,7 +436,7 @@ class RequestTracker:
                     return
                 self._count(request, now)
                 self._hold_no_more(now, "a client gave up")
-            if request.id in self._active:
+            if self._active.get(request.id) is request:
                 self._without_id.pop(request.id, None)
                 self._unheard[request.id] = None
                 request.lapses_at = now + max([LAPSE_SECONDS, *self._latest_durations])
