@@ -1892,7 +1892,7 @@ class TestSidecarClient(Case):
     def client(self, url, **constants):
         import echo_bot
         client = echo_bot.Sidecar(url)
-        vars(client).update(constants)
+        vars(client).update(dict({"TIMEOUT_SECONDS": PATIENCE}, **constants))
         self.addCleanup(lambda: client._threads_own.connection
                         and client._threads_own.connection.close())
         return client
