@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import socket
+import sys
 import tempfile
 import unittest
 
-from support import CACHE, HERE, Case, needs, run
+from support import CACHE, HERE, Case, SidecarProcess, needs, run
 
 MANIFESTS = os.path.join(HERE, "manifests")
 KUSTOMIZE = ["kubectl", "kustomize"] if shutil.which("kubectl") else [
@@ -214,7 +216,24 @@ class TestManifests(Case):
         self.assertEqual(bot, dict(self.bot, envFrom=bot["envFrom"]))
         expected = dict(self.sidecar)
         del expected["restartPolicy"]
+        hook = sidecar.pop("lifecycle")
         self.assertEqual(sidecar, expected)
+        self.assertEqual(list(hook), ["postStart"])     # a preStop hook would change nothing
+
+    def test_before_1_29_the_bot_is_started_when_the_sidecar_listens(self):
+        sidecar = containers(kustomize(components=["pre-1.29"]))["sidecar"]
+        command = sidecar["lifecycle"]["postStart"]["exec"]["command"]
+        self.assertEqual(command[:2], ["python3", "-c"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        script = command[2].replace(":8081/", ":%d/" % port)
+        hook = self.program(sys.executable, "-c", "print('up', flush=True)\n" + script)
+        hook.wait_for("up")
+        self.assertIsNone(hook.process.poll())
+        running = SidecarProcess(SIDECAR_PORT=port)
+        self.addCleanup(running.kill)
+        self.assertEqual(hook.wait(), 0)
 
     def test_with_sasl_KEDA_logs_in_as_the_bot_does(self):
         objects = kustomize(components=["kafka-sasl"])
@@ -225,7 +244,7 @@ class TestManifests(Case):
         self.assertEqual(trigger["metadata"]["tls"], "enable")
         self.assertEqual(trigger["metadata"]["sasl"].replace("_", "").upper(),
                          variables["KAFKA_SASL_MECHANISM"].replace("-", ""))
-        volume, = pick(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
+        volume, = self.spec["volumes"]
         mount, = containers(objects)["bot"]["volumeMounts"]
         ca, = login["spec"]["secretTargetRef"]
         self.assertEqual(
