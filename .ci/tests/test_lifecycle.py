@@ -378,8 +378,8 @@ class TestWorkers(PodCase):
 
     @side_by_side
     def test_batch_that_is_half_started(self):
-        pod = self.pod(python_worker("batches.py", seconds=0.1, between=0.3, backlog=20)).start()
-        self.none_cut_off(self.busy(pod, 18))
+        pod = self.pod(python_worker("batches.py", seconds=0.1, between=0.5, backlog=20)).start()
+        self.none_cut_off(self.busy(pod, 17))
         self.assertEqual(len(pod.facts()[1]), 20)
 
     @side_by_side
@@ -432,9 +432,9 @@ class TestWorkers(PodCase):
     @side_by_side
     def test_pool_of_one_connection(self):
         pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4, 1),
-                                     client="pool", backlog=32)).start()
-        self.none_cut_off(self.busy(pod, 8))
-        self.assertEqual(len(pod.facts()[1]), 32)
+                                     client="pool", backlog=20)).start()
+        self.none_cut_off(self.busy(pod, 8), within=30)
+        self.assertEqual(len(pod.facts()[1]), 20)
 
     @side_by_side
     def test_urllib(self):
