@@ -32,7 +32,7 @@ import time
 import types
 import unittest
 
-import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one.
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Seconds after which a wait for an event has failed, whatever the machine; nothing waits it out.
@@ -40,12 +40,16 @@ PATIENCE = 60
 
 
 class Program:
-    """A process under test: its standard error (and output, where not asked for apart) line by
-    line, its end."""
+    """A process under test: its output line by line, and its end.
+
+    The lines are those of standard error, and of standard output where that is not asked for apart.
+    """
 
     def __init__(self, *argv, **options):
-        """argv: the command; env: variables to add (None takes one away); the rest goes to
-        Popen."""
+        """argv: the command; env: variables to add, or to take away with None.
+
+        The other options are Popen's.
+        """
         env = dict(os.environ, PYTHONUNBUFFERED="1")
         for name, value in options.pop("env", {}).items():
             if value is None:
@@ -74,8 +78,10 @@ class Program:
         return "\n".join(self.lines)
 
     def wait_for(self, pattern, after=0, timeout=PATIENCE):
-        """Return the match of `pattern` in the first line from number `after` on that has one, as
-        soon as it is there."""
+        """Return the match of `pattern` in the first line that has one, as soon as it is there.
+
+        The lines are those from number `after` on.
+        """
         def found():
             return next((match for match in (re.search(pattern, line)
                                              for line in self.lines[after:]) if match), None)
@@ -107,8 +113,9 @@ class Program:
 
 
 class SidecarProcess(Program):
-    """A running sidecar.py on free ports of loopback. Any other keyword is a variable of its
-    environment.
+    """A running sidecar.py on free ports of loopback.
+
+    Any other keyword is a variable of its environment.
 
     `constants` are module constants with other values, so that a test need not wait for as long as
     a user would. `launcher` is what stands in front of the command, such as unshare and its
@@ -153,10 +160,9 @@ class SidecarProcess(Program):
         connection.sendall(data)
         return connection
 
-    def answers(self, data):
-        """Send bytes, read to the end of the connection; return [(status, headers, body), ...] of
-        the answers."""
-        with self.raw(data) as connection:
+    def answers(self, data, port=None):
+        """Send bytes, and read to the end; return the answers: [(status, headers, body), ...]."""
+        with self.raw(data, port) as connection:
             received = b"".join(iter(lambda: connection.recv(65536), b""))
         found = []
         while received:
@@ -173,8 +179,7 @@ class SidecarProcess(Program):
         return self.get("/metrics")[1]["active_requests"]
 
     def sample(self, name):
-        """Return the value of one sample of the Prometheus port; `name` with its labels as they
-        stand there."""
+        """Return the value of a sample of the Prometheus port; `name` is with its labels."""
         pattern = "^%s (.*)$" % re.escape(name)
         return float(re.search(pattern, self.prometheus(), re.MULTILINE).group(1))
 
@@ -204,8 +209,10 @@ class Case(unittest.TestCase):
 
 
 def in_threads(count, function):
-    """Run function(0), function(1), ... at once; return what they return, in order. An exception is
-    raised here."""
+    """Run function(0), function(1), ... at once; return what they return, in order.
+
+    An exception of one is raised here.
+    """
     results = [None] * count
 
     def run(number):
@@ -656,6 +663,22 @@ class TestHeldStarts(Clockwork):
         self.assertNotIn("slot1:a", self.active)
 
 
+def documented_endpoints():
+    """Return {path: (methods, is it only for those who may change what is counted?)}.
+
+    That is what the docstring of sidecar.py says; TestTables holds the program against it.
+    """
+    text = sidecar_module.__doc__.partition("\nEndpoints")[2].partition("\nOn METRICS_PORT")[0]
+    found = {}
+    for entry in re.split(r"^(?=    [* ] [A-Z]+ +/)", text, flags=re.MULTILINE)[1:]:
+        star, method, path = re.match(r"    ([* ]) ([A-Z]+) +(\S+)", entry).groups()
+        found[path] = {method, *re.findall("([A-Z]+) does the same", entry)}, star == "*"
+    return found
+
+
+ENDPOINTS = documented_endpoints()
+
+
 class TestCounting(Case):
     """POST /start-request, POST /end-request, GET /metrics and GET /requests."""
 
@@ -952,7 +975,7 @@ class TestDrain(Case):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request?id=a")
         callers = [sidecar.raw(b"GET /drain HTTP/1.1\r\n\r\n") for _ in range(4)]
-        sidecar.get("/health")          # was accepted after them
+        sidecar.get("/health")          # Was accepted after them.
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("INFO signal")
         sidecar.post("/end-request?id=a")
@@ -977,7 +1000,7 @@ class TestDrain(Case):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.5)
         sidecar.post("/start-request?id=a")
         self.assertEqual(sidecar.get("/drain")[0], 503)
-        sidecar.signal(signal.SIGTERM)                  # its grace period is over: no second one
+        sidecar.signal(signal.SIGTERM)                  # Its grace period is over: no second one.
         self.assertEqual(sidecar.wait(), 1)
         sidecar.wait_for("still active request_id=a")
 
@@ -992,7 +1015,7 @@ class TestDrain(Case):
         sidecar.wait_for("serving again")
         self.assertEqual(sidecar.get("/ready")[0], 200)
         self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], False)
-        sidecar.signal(signal.SIGTERM)                  # and the next drain waits again
+        sidecar.signal(signal.SIGTERM)                  # And the next drain waits again.
         sidecar.wait_for("drain started active_requests=1")
         sidecar.post("/end-request?id=b")
         self.assertEqual(sidecar.wait(), 0)
@@ -1020,7 +1043,7 @@ class TestDrain(Case):
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGTERM)
-        self.assertEqual(sidecar.get("/ready")[0], 503)     # it is still there
+        self.assertEqual(sidecar.get("/ready")[0], 503)     # It is still there.
         sidecar.post("/end-request")
         self.assertEqual(sidecar.wait(), 0)
         self.assertNotIn("second signal", sidecar.log)
@@ -1192,7 +1215,7 @@ class TestEndpoints(Case):
 
     def test_head_works_wherever_get_does(self):
         sidecar = self.sidecar()
-        for path in ("/metrics", "/requests", "/health", "/ready"):
+        for path in [path for path, (methods, star) in ENDPOINTS.items() if not star]:
             with_body, without = sidecar.answers(
                 ("GET %s HTTP/1.1\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
             self.assertEqual((with_body[0], without[0]), (200, 200), path)
@@ -1214,15 +1237,12 @@ class TestEndpoints(Case):
 
     def test_wrong_methods_are_405_with_allow(self):
         sidecar = self.sidecar()
-        for method, path, allow in (("GET", "/start-request", "POST"),
-                                    ("PUT", "/end-request", "POST"),
-                                    ("POST", "/metrics", "GET, HEAD"),
-                                    ("DELETE", "/drain", "GET, POST, HEAD"),
-                                    ("OPTIONS", "/health", "GET, HEAD"),
-                                    ("POST", "/ready", "GET, HEAD")):
-            answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
-            self.assertEqual((answer[0], answer[1]["allow"]), (405, allow))
-            self.assertIn("error", json.loads(answer[2]))
+        for path, (methods, _) in ENDPOINTS.items():
+            allow = ", ".join(sorted(methods) + ["HEAD"] * ("GET" in methods))
+            for method in {"GET", "POST", "PUT", "DELETE", "OPTIONS", "BREW"} - methods:
+                answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
+                self.assertEqual((answer[0], answer[1]["allow"]), (405, allow), (method, path))
+                self.assertIn("error", json.loads(answer[2]))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
         self.assertEqual(sidecar.call("POST", "/metrics", port=sidecar.metrics_port)[0], 405)
 
@@ -1431,45 +1451,42 @@ class TestHostileClients(Case):
             self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
 
 
+def read_families(text):
+    """Return {family: [type, help, {sample with its labels: value}]} of an exposition.
+
+    AssertionError: a line of it is none, or stands where it may not.
+    """
+    families, current = {}, None
+    for line in text.splitlines():
+        comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
+        sample = re.fullmatch(
+            r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
+        if comment and comment.group(1) == "HELP":
+            current = comment.group(2)
+            assert current not in families, line
+            families[current] = [None, comment.group(3), {}]
+        elif comment:
+            assert comment.group(2) == current, line
+            families[current][0] = comment.group(3)
+        else:
+            assert sample and sample.group(1).startswith(current), line
+            name = sample.group(1) + (sample.group(2) or "")
+            families[current][2][name] = float(sample.group(3))
+    return families
+
+
 class TestPrometheus(Case):
     """Port 9091, as text 0.0.4 and as OpenMetrics."""
-
-    KINDS = {"sidecar_active_requests": "gauge", "sidecar_requests_total": "counter",
-             "sidecar_request_duration_seconds": "histogram",
-             "sidecar_unmatched_ends_total": "counter",
-             "sidecar_oldest_request_age_seconds": "gauge", "sidecar_draining": "gauge",
-             "sidecar_last_request_timestamp_seconds": "gauge",
-             "sidecar_start_time_seconds": "gauge", "sidecar_info": "gauge"}
-
-    def families(self, text):
-        """Return {family: (type, help, {sample with labels: value})} of an exposition; each line is
-        checked."""
-        families, current = {}, None
-        for line in text.splitlines():
-            comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
-            sample = re.fullmatch(
-                r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
-            if comment and comment.group(1) == "HELP":
-                current = comment.group(2)
-                self.assertNotIn(current, families)
-                families[current] = [None, comment.group(3), {}]
-            elif comment:
-                self.assertEqual(comment.group(2), current)
-                families[current][0] = comment.group(3)
-            else:
-                self.assertTrue(sample, line)
-                self.assertTrue(sample.group(1).startswith(current), line)
-                families[current][2][sample.group(1)
-                                     + (sample.group(2) or "")] = float(sample.group(3))
-        return families
 
     def test_every_metric_has_its_help_type_and_value(self):
         sidecar = self.sidecar()
         for path in ("/start-request?id=a", "/start-request?id=b",
                      "/end-request?id=a&duration=40ms", "/end-request"):
             sidecar.post(path)
-        families = self.families(sidecar.prometheus())
-        self.assertEqual({name: families[name][0] for name in self.KINDS}, self.KINDS)
+        families = read_families(sidecar.prometheus())
+        for name, (kind, description, values) in families.items():
+            self.assertIn(kind, ("counter", "gauge", "histogram"), name)
+            self.assertTrue(description and values, name)
         value = {name: samples for _, _, family in families.values()
                  for name, samples in family.items()}
         self.assertEqual([value["sidecar_active_requests"], value["sidecar_requests_total"],
@@ -1495,7 +1512,7 @@ class TestPrometheus(Case):
         for seconds in durations:
             sidecar.post("/start-request")
             sidecar.post("/end-request?duration=%s" % seconds)
-        _, _, samples = self.families(sidecar.prometheus())["sidecar_request_duration_seconds"]
+        _, _, samples = read_families(sidecar.prometheus())["sidecar_request_duration_seconds"]
         buckets = [(re.search('le="(.*)"', name).group(1), count) for name, count in samples.items()
                    if "_bucket" in name]
         self.assertEqual([bound for bound, _ in buckets],
@@ -1521,6 +1538,106 @@ class TestPrometheus(Case):
             self.assertEqual(text.endswith("# EOF\n"), "openmetrics" in expected)
             self.assertEqual("# TYPE sidecar_requests counter" in text, "openmetrics" in expected)
             self.assertIn("\nsidecar_requests_total 0\n", text)
+
+
+def readme_table(heading):
+    """Return the rows of the first table below a heading of README, each a list of its cells."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        below = file.read().partition("\n%s\n" % heading)[2]
+    table = re.search(r"^(?:\|.*\n)+", below, re.MULTILINE).group()
+    rows = table.splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+class TestTables(Case):
+    """What the program has stands in its docstring and in README, and nothing else stands there."""
+
+    DOCSTRING = sidecar_module.__doc__
+    VARIABLES = DOCSTRING.partition("\nVariables")[2].partition("\nSIGTERM")[0]
+
+    def routes(self, sidecar, port):
+        """Return {path: [methods]}, as a running sidecar tells who asks for what is not there."""
+        told = sidecar.call("GET", "/nowhere", port=port)[1]["error"]
+        found = {}
+        for path in told.partition("expected one of ")[2].split(", "):
+            answer = sidecar.answers(("BREW %s HTTP/1.0\r\n\r\n" % path).encode(), port)[0]
+            self.assertEqual(answer[0], 405, path)
+            found[path] = set(answer[1]["allow"].split(", ")) - {"HEAD"}
+        return found
+
+    def test_endpoints(self):
+        sidecar = self.sidecar()
+        routes = self.routes(sidecar, sidecar.port)
+        self.assertEqual(routes, {path: methods for path, (methods, _) in ENDPOINTS.items()})
+        in_readme = {}
+        for call, _ in readme_table("## Endpoints, on port 8081"):
+            path = re.search(r"/[-a-z]*", call).group()
+            in_readme.setdefault(path, set()).update(re.findall("GET|POST", call))
+        self.assertEqual(routes, in_readme)
+        self.assertEqual(self.routes(sidecar, sidecar.metrics_port), {"/metrics": {"GET"}})
+        self.assertIn("On METRICS_PORT: GET /metrics,", self.DOCSTRING)
+
+    def test_those_with_a_star_answer_no_page_of_another_site(self):
+        sidecar = self.sidecar()
+        for path, (methods, star) in ENDPOINTS.items():
+            for method in methods:
+                status = sidecar.call(method, path, headers={"Sec-Fetch-Site": "cross-site"})[0]
+                self.assertEqual(status == 403, star, (method, path))
+
+    def test_variables(self):
+        asked_for = []
+
+        class Environment(dict):
+            def get(self, name, default=None):
+                asked_for.append(name)
+                return default
+
+        sidecar_module.Settings(Environment())
+        in_docstring = re.findall("^    ([A-Z_]{2,}) ", self.VARIABLES, re.MULTILINE)
+        in_readme = {name: default for name, default, _ in
+                     readme_table("## Variables, all of them optional")}
+        self.assertEqual(sorted(in_docstring), sorted(set(asked_for)))
+        self.assertEqual(sorted(in_readme), sorted(set(asked_for)))
+
+    def test_their_defaults(self):
+        unset = vars(sidecar_module.Settings({}))
+        for name, default, _ in readme_table("## Variables, all of them optional"):
+            entry = re.search("^    %s .*" % name, self.VARIABLES, re.MULTILINE).group()
+            if default:
+                self.assertRegex(entry, " {2,}%s(:|$)" % re.escape(default))
+            if name != "SIDECAR_HOST":          # Its default is words, not a value.
+                self.assertEqual(vars(sidecar_module.Settings({name: default})), unset, name)
+
+    def test_commands(self):
+        asked = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "brew"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+        commands = asked.stdout.decode().partition("or one of ")[2].strip().split(", ")
+        first, others = re.search(r"python sidecar.py (\w+) +ask a running sidecar.*?also:(.*?)\.",
+                                  self.DOCSTRING, re.DOTALL).groups()
+        self.assertEqual([first] + others.replace(",", " ").split(), commands)
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            told = re.search(r"`python sidecar.py (\w+)` \(or (.*?)\)", file.read(), re.DOTALL)
+        self.assertEqual([told.group(1)] + re.findall(r"`(\w+)`", told.group(2)), commands)
+
+    def test_figures(self):
+        sidecar = self.sidecar()
+        kinds = {name: kind for name, (kind, _, _) in read_families(sidecar.prometheus()).items()}
+        ours = {name: kind for name, kind in kinds.items() if not name.startswith("process_")}
+        in_readme = readme_table("### Metrics")
+        self.assertEqual({name.strip("`"): kind for _, name, kind, _ in in_readme if name}, ours)
+        self.assertEqual([field.strip("`") for field, _, _, _ in in_readme if field],
+                         list(sidecar.get("/metrics")[1]))
+
+    def test_figures_in_the_help(self):
+        sidecar = self.sidecar()
+        told = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "--help"],
+                              stdout=subprocess.PIPE, timeout=PATIENCE).stdout.decode()
+        figures = told.partition("\nFigures")[2]
+        fields = re.findall("^    ([a-z_]+) ", figures, re.MULTILINE)
+        self.assertEqual(fields, list(sidecar.get("/metrics")[1]))
+        families = read_families(sidecar.prometheus())
+        self.assertEqual(re.findall(r"^ +(sidecar_\w+), an? \w+$", figures, re.MULTILINE),
+                         [name for name in families if not name.startswith("process_")])
 
 
 class TestCommands(Case):
@@ -1568,7 +1685,7 @@ class TestCommands(Case):
 
     def test_without_a_sidecar_there_it_is_one_line_and_1(self):
         with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))            # and nobody listens
+            taken.bind(("127.0.0.1", 0))            # And nobody listens.
             status, output, errors = self.run_sidecar("health", SIDECAR_URL="http://127.0.0.1:%d"
                                                       % taken.getsockname()[1])
         self.assertEqual((status, output, errors.count("\n")), (1, "", 1))
@@ -1697,7 +1814,7 @@ class TestGivenUp(Case):
         until(lambda: sidecar.active() == 0)
         sidecar.wait_for("request given up request_id=hung age_seconds=")
         self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 2)
-        for query in ("?id=hung&duration=7s", "?duration=8s"):          # late, and no error
+        for query in ("?id=hung&duration=7s", "?duration=8s"):          # Late, and no error.
             self.assertEqual(sidecar.post("/end-request" + query),
                              (200, {"active_requests": 0, "draining": False}))
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 15)
@@ -2078,8 +2195,9 @@ class ScriptedSidecar(http.server.ThreadingHTTPServer):
 
 
 class Clients:
-    """What each client in the README must do. A language adds how its blocks become a program, and
-    its own handler.
+    """What each client in the README must do.
+
+    A language adds how its blocks become a program, and its own handler.
 
     Every program reads its messages from standard input, a line each, and ends with status 0 at the
     end of it. "work" takes 60 ms; "hold" lasts until the next line; "throw" throws an error. It
@@ -2329,8 +2447,7 @@ class TestPage(Case):
     def test_curl_gets_the_list_of_endpoints(self):
         headers, body = self.front(b"*/*")
         self.assertEqual(headers["content-type"], "text/plain; charset=utf-8")
-        for path in ("/start-request", "/end-request", "/reset", "/metrics", "/requests", "/health",
-                     "/ready", "/drain"):
+        for path in ENDPOINTS:
             self.assertIn(" %s " % path, body)
         self.assertNotIn("Variables", body)
 
@@ -2348,8 +2465,10 @@ class TestScrapes(Case):
         over = threading.Event()
 
         def work(number):
-            """Start and end requests, many in one piece. Each takes a quarter of a second, it says:
-            sums are exact."""
+            """Start and end requests, many in one piece.
+
+            Each says that it took a quarter of a second, so that sums are exact.
+            """
             paths = ("/start-request", "/start-request?id=%d" % number,
                      "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
             batch = "".join("POST %s HTTP/1.1\r\n\r\n" % path for path in paths).encode() * 25
@@ -2389,7 +2508,7 @@ class TestScrapes(Case):
                 over.set()
 
         seen = in_threads(4, play)[0]
-        self.assertGreater(len({active for active, _ in seen}), 2)    # or nothing went on meanwhile
+        self.assertGreater(len({active for active, _ in seen}), 2)   # Or nothing went on meanwhile.
         self.assertGreater(len(seen), 30)
 
     def test_what_was_given_up_adds_up_too(self):
@@ -2470,7 +2589,7 @@ class TestRun(Case):
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "only Linux has CPU affinities")
     def test_the_sidecar_keeps_to_one_cpu_and_leaves_the_worker_all_of_them(self):
         sidecar = self.worker()
-        sidecar.get("/health")                           # there is a thread of a connection as well
+        sidecar.get("/health")                          # There is a thread of a connection as well.
         pid = sidecar.process.pid
         cpus = {cpu for thread in os.listdir("/proc/%d/task" % pid)
                 for cpu in os.sched_getaffinity(int(thread))}
@@ -2483,7 +2602,7 @@ class TestRun(Case):
         sidecar.wait_for("got SIGINT")
         sidecar.wait_for("drain completed")
         self.assertIsNone(sidecar.process.poll())
-        sidecar.signal(signal.SIGTERM)                      # a second one
+        sidecar.signal(signal.SIGTERM)                      # A second one.
         self.assertEqual(sidecar.wait(), 3)
 
     def test_a_second_signal_is_passed_on_at_once(self):
@@ -2502,7 +2621,7 @@ class TestRun(Case):
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.get("/ready")[0], 503)
-        sidecar.signal(signal.SIGUSR1)                  # what comes after it is passed on
+        sidecar.signal(signal.SIGUSR1)                  # What comes after it is passed on.
         sidecar.wait_for("got SIGUSR1")
         self.assertNotIn("got SIGTERM", sidecar.log)
         sidecar.post("/end-request")
@@ -2542,7 +2661,7 @@ class TestRun(Case):
             sidecar.wait_for("request given up request_id=%s age_seconds=" % name)
         sidecar.wait_for("worker ended status=137")
         caller.join(PATIENCE)
-        self.assertEqual(len(waiting), 1)                 # whoever waited for a drain got an answer
+        self.assertEqual(len(waiting), 1)                # Whoever waited for a drain got an answer.
 
     def test_other_signals_are_passed_on_at_once(self):
         sidecar = self.worker()
@@ -2580,23 +2699,25 @@ class TestRun(Case):
             self.assertEqual((run.returncode, run.stderr.count(b"\n")), (2, 1), argv)
 
     def test_what_the_worker_inherits(self):
-        """Standard input, output and errors, other descriptors, signal mask and dispositions: as
-        without the sidecar."""
+        """Standard input, output and errors, other descriptors, signal mask and dispositions."""
+        script = ("read line; echo out $line; echo err >&2; (cd /proc/$$/fd; echo *); "
+                  "while read name mask; do case $name in SigBlk:|SigIgn:|SigCgt:) "
+                  "echo $name $mask;; esac; done </proc/$$/status")
+
+        def told(output):       # Without signals 32 and 33, which libc sets for its threads.
+            masks = re.findall("^(Sig...): (.*)$", output, re.MULTILINE)
+            return output.partition("Sig")[0], [
+                (name, int(mask, 16) & ~(3 << 31)) for name, mask in masks]
+
         with tempfile.TemporaryFile() as file:
             os.set_inheritable(file.fileno(), True)
-            script = ("read line; echo out $line; echo err >&2; "
-                      "ls -l /proc/self/fd | sed 's/.*[0-9][0-9]:[0-9][0-9] //' | grep -c tmp; "
-                      "exec grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
-
-            def told(output):       # without signals 32 and 33, which libc sets for its threads
-                masks = re.findall("^(Sig...):\t(.*)$", output, re.MULTILINE)
-                return output.partition("Sig")[0], [
-                    (name, int(mask, 16) & ~(3 << 31)) for name, mask in masks]
             options = dict(input=b"in\n", close_fds=False)
             plain = subprocess.run([shutil.which("sh"), "-c", script], capture_output=True,
                                    timeout=PATIENCE, **options)
             status, output, errors = self.done("sh", "-c", script, **options)
+            self.assertIn(str(file.fileno()), output.splitlines()[1].split())
         self.assertEqual((status, told(output)), (0, told(plain.stdout.decode())))
+        self.assertEqual([name for name, _ in told(output)[1]], ["SigBlk", "SigIgn", "SigCgt"])
         self.assertIn("err\n", errors)
         descriptors = self.done(sys.executable, "-c",
                                 "import os; print(len(os.listdir('/proc/self/fd')))")[1]
@@ -2635,14 +2756,14 @@ class TestRun(Case):
                                     (lambda: os.write(terminal, b"\x1c"), b"got SIGQUIT"),
                                     (lambda: fcntl.ioctl(terminal, 0x5414, struct.pack(
                                         "HHHH", 7, 7, 7, 7)), b"got SIGWINCH")):
-                press()                   # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ)
+                press()                  # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ).
                 while expected not in shown:
                     shown += read()
-            os.kill(pid, signal.SIGTERM)              # no terminal's, so it drains and passes it on
+            os.kill(pid, signal.SIGTERM)             # No terminal's, so it drains and passes it on.
             while True:
                 try:
                     shown += read()
-                except OSError:                  # the terminal's way to say that all have closed it
+                except OSError:                 # The terminal's way to say that all have closed it.
                     break
         finally:
             os.close(terminal)
@@ -2688,13 +2809,13 @@ class TestRun(Case):
                         with open("%s/%s/status" % (folder, task)) as file:
                             last = file.read().rpartition("\nvoluntary_ctxt_switches:")[2]
                             told[task] = int(last.split()[0])
-                    except OSError:                         # the thread of the call above ends
+                    except OSError:                         # The thread of the call above ends.
                         told[task] = None
                 return told
 
             def unchanged():
                 before = switches()
-                time.sleep(1.5)              # nothing to wait for: it is nothing that should happen
+                time.sleep(1.5)             # Nothing to wait for: it is nothing that should happen.
                 return before == switches()
             until(unchanged, "an idle while")
 
@@ -2702,12 +2823,11 @@ class TestRun(Case):
 class TestCallers(Case):
     """Who may call what."""
 
-    CHANGING = (("POST", "/start-request"), ("POST", "/end-request?duration=1s"),
-                ("POST", "/reset"), ("POST", "/drain"), ("GET", "/drain"), ("HEAD", "/drain"))
-
     def test_a_page_of_another_site(self):
         sidecar = self.sidecar()
-        for method, path in self.CHANGING:
+        changing = [(method, path) for path, (methods, star) in ENDPOINTS.items() if star
+                    for method in (methods | {"HEAD"} if "GET" in methods else methods)]
+        for method, path in changing:
             for headers in ({"Origin": "https://example.com"}, {"Origin": "null"}, {"Origin": ""},
                             {"Origin": "http://127.0.0.1.example.com"},
                             {"Origin": "http://localhost.example.com"},
@@ -2718,9 +2838,10 @@ class TestCallers(Case):
                                  (path, headers))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
         self.assertEqual(sidecar.get("/ready")[0], 200)
-        for path in ("/metrics", "/requests", "/health", "/ready"):
-            self.assertEqual(
-                sidecar.call("GET", path, headers={"Origin": "https://example.com"})[0], 200, path)
+        for path, (_, star) in ENDPOINTS.items():
+            headers = {"Origin": "https://example.com"}
+            if not star:
+                self.assertEqual(sidecar.call("GET", path, headers=headers)[0], 200, path)
 
     def test_ipv4_mapped_ipv6_loopback_counts_as_loopback(self):
         trusts = sidecar_module.Api(
@@ -2740,7 +2861,7 @@ class TestCallers(Case):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-SIDE_BY_SIDE = 4    # classes, each in a process of its own: most of a test is waiting
+SIDE_BY_SIDE = 4    # Classes, each in a process of its own: most of a test is waiting.
 
 
 def run_class(name):
@@ -2752,12 +2873,14 @@ def run_class(name):
 
 
 def read_result(name, text):
-    """Return what unittest printed as (a line for each test, the problems in detail, {"tests": 7,
-    "failures": 1})."""
+    """Return what unittest printed: a line for each test, the problems in detail, the counts.
+
+    The counts are a dict such as {"tests": 7, "failures": 1}.
+    """
     told, _, verdict = text.rpartition("\n" + "-" * 70 + "\n")
     summary = re.match(r"Ran (\d+) tests? in .*\n\n(?:OK|FAILED|NO TESTS RAN)(?: \((.*)\))?\n",
                        verdict)
-    if not summary:                         # it was killed, or broke before its first test
+    if not summary:                         # It was killed, or broke before its first test.
         return "", "\n%s ended without a summary:\n%s\n" % (name, text), {"tests": 0, "errors": 1}
     counts = {what: int(count)
               for what, count in re.findall(r"([a-z ]+)=(\d+)", summary.group(2) or "")}
@@ -2766,8 +2889,7 @@ def read_result(name, text):
 
 
 def run_all():
-    """Run every class, print what unittest would print of one run of them all, and return the exit
-    status."""
+    """Run every class, print what unittest prints of one run, and return the exit status."""
     began, problems, counts = time.monotonic(), "", collections.Counter()
     classes = [name for name, thing in globals().items() if isinstance(thing, type)
                and name.startswith("Test")]
