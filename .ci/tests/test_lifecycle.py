@@ -241,9 +241,6 @@ class TestLifecycle(PodCase):
         """Scale 0 -> 3 -> 1 -> 0 -> 1 in the middle of the stream; return the messages that were
         answered twice, and what happened."""
         pods = [self.pod(objects) for _ in range(3)]
-        for pod in pods:        # before 1.29 the worker may be there first, and go on without it
-            if "sidecar" in pod.containers:
-                until(lambda: pod.call("GET", "/metrics")[1]["total_requests"])
         for removed in pods[:2], pods[2:]:
             answered = len(self.queue.answers) + 6
             self.queue.wait_for(lambda: len(self.queue.answers) >= answered)
@@ -567,6 +564,7 @@ class TestPodProcesses(PodCase):
         statuses = self.delete(pod)
         self.assertLess(pod.gone_after, GONE_SECONDS, pod.log("sidecar"))
         self.assertNotIn(-signal.SIGKILL, statuses.values(), pod.log("sidecar"))
+        self.assertEqual(pod.in_hand(), [], pod.log("sidecar"))
 
     @side_by_side
     def test_deleted_in_its_first_second(self):
