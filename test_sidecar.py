@@ -1190,7 +1190,7 @@ class TestHolding(Case):
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 128 + signal.SIGTERM)
         sidecar.wait_for("drain completed active_requests=0 held_starts=[01] ")
-        self.assertNotIn("request given up", sidecar.log)
+        self.assertNotIn("WARNING request given up", sidecar.log)    # of one that was answered
 
     def test_run_lets_a_worker_go_on_that_ends_in_its_own_way(self):
         """It has a handler for SIGTERM, and first does what it has taken."""
@@ -2759,6 +2759,8 @@ class TestRun(Case):
                 press()                  # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ).
                 while expected not in shown:
                     shown += read()
+            # It may read from the terminal, so it is in the foreground with us.
+            self.assertEqual(os.getpgid(child_of(pid)), pid)
             os.kill(pid, signal.SIGTERM)             # No terminal's, so it drains and passes it on.
             while True:
                 try:
@@ -2774,6 +2776,17 @@ class TestRun(Case):
                           for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
         self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
                          [1, 1], shown)
+
+    def test_a_worker_that_dies_in_a_drain_is_told_once_and_gets_no_signal(self):
+        sidecar = self.worker(GRACE_PERIOD_SECONDS="1h")
+        sidecar.post("/start-request?id=a")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        os.kill(child_of(sidecar.process.pid), signal.SIGKILL)
+        self.assertEqual(sidecar.wait(), 128 + signal.SIGKILL)
+        self.assertEqual(sidecar.log.count("worker ended status=137"), 1)
+        self.assertEqual(sidecar.log.count("request given up request_id=a"), 1)
+        self.assertNotIn("passed on", sidecar.log)
 
     def test_its_process_group(self):
         """One of its own, so that what is sent to ours does not reach it before the drain."""
