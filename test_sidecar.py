@@ -1256,7 +1256,7 @@ class TestHolding(Case):
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 128 + signal.SIGTERM)
         sidecar.wait_for("drain completed active_requests=0 held_starts=[01] ")
-        self.assertNotIn("request given up", sidecar.log)
+        self.assertNotIn("WARNING request given up", sidecar.log)    # of one that was answered
 
     def test_run_lets_a_worker_go_on_that_ends_in_its_own_way(self):
         """It has a handler for SIGTERM, and first does what it has taken."""
@@ -2271,7 +2271,7 @@ class TestSidecarClient(Case):
     def client(self, url, **constants):
         import echo_bot
         client = echo_bot.Sidecar(url)
-        vars(client).update(constants)
+        vars(client).update(dict({"TIMEOUT_SECONDS": PATIENCE}, **constants))
         self.addCleanup(lambda: client._threads_own.connection
                         and client._threads_own.connection.close())
         return client
@@ -2843,52 +2843,58 @@ class TestScrapes(Case):
         sidecar = self.sidecar(PYTHONPATH=folder)
         over = threading.Event()
 
-        def work(number):
-            """Start and end requests, many in one piece.
-
-            Each says that it took a quarter of a second, so that sums are exact.
-            """
-            paths = ("/start-request", "/start-request?id=%d" % number,
-                     "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
-            batch = "".join("POST %s HTTP/1.1\r\nHost: a\r\n\r\n" % path for path in paths).encode() * 25
-            with sidecar.raw(b"") as connection, connection.makefile("rb") as answers:
-                while not over.is_set():
-                    connection.sendall(batch)
-                    for _ in range(100):
-                        next(line for line in answers if line.startswith(b"HTTP/1.1 200"))
-
-        def scrape():
-            connection = http.client.HTTPConnection(sidecar.host, sidecar.metrics_port,
-                                                    timeout=PATIENCE)
-            self.addCleanup(connection.close)
-            before, seen = {}, set()
-            for turn in range(1500):
-                connection.request("GET", "/metrics",
-                                   headers={"Accept": OPENMETRICS if turn % 2 else ""})
-                values = samples(connection.getresponse().read().decode())
-                ended = values["sidecar_request_duration_seconds_count"]
-                self.assertEqual(values["sidecar_requests_total"],
-                                 values["sidecar_active_requests"] + ended)
-                self.assertEqual(values["sidecar_request_duration_seconds_sum"], ended / 4)
-                for name, value in values.items():
-                    if name.startswith("sidecar_request_duration_seconds_bucket"):
-                        bound = float(re.search('le="(.*)"', name).group(1))
-                        self.assertEqual(value, ended if bound >= 0.25 else 0, name)
-                    if re.search("_(total|count|sum|bucket)", name):
-                        self.assertGreaterEqual(value, before.get(name, 0), name)
-                before = values
-                seen.add((values["sidecar_active_requests"], ended))
-            return seen
-
         def play(number):
             try:
-                return work(number) if number else scrape()
+                return self.work(sidecar, number, over) if number else self.scrape(sidecar)
             finally:
                 over.set()
 
         seen = in_threads(4, play)[0]
         self.assertGreater(len({active for active, _ in seen}), 2)   # Or nothing went on meanwhile.
         self.assertGreater(len(seen), 30)
+
+    def work(self, sidecar, number, over):
+        """Start and end requests, many in one piece.
+
+        Each says that it took a quarter of a second, so that sums are exact.
+        """
+        paths = ("/start-request", "/start-request?id=%d" % number,
+                 "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
+        batch = "".join("POST %s HTTP/1.1\r\nHost: a\r\n\r\n" % path for path in paths).encode() * 25
+        with sidecar.raw(b"") as connection, connection.makefile("rb") as answers:
+            while not over.is_set():
+                connection.sendall(batch)
+                for _ in range(100):
+                    next(line for line in answers if line.startswith(b"HTTP/1.1 200"))
+
+    def scrape(self, sidecar):
+        """Scrape again and again; return all pairs of (active requests, ended ones) that it saw."""
+        connection = http.client.HTTPConnection(sidecar.host, sidecar.metrics_port,
+                                                timeout=PATIENCE)
+        self.addCleanup(connection.close)
+        before, seen = {}, set()
+        for turn in range(1500):
+            connection.request("GET", "/metrics",
+                               headers={"Accept": OPENMETRICS if turn % 2 else ""})
+            values = samples(connection.getresponse().read().decode())
+            self.check(values, before)
+            before = values
+            seen.add((values["sidecar_active_requests"],
+                      values["sidecar_request_duration_seconds_count"]))
+        return seen
+
+    def check(self, values, before):
+        """Check that the values of a scrape are of one moment, which came after another one."""
+        ended = values["sidecar_request_duration_seconds_count"]
+        self.assertEqual(values["sidecar_requests_total"],
+                         values["sidecar_active_requests"] + ended)
+        self.assertEqual(values["sidecar_request_duration_seconds_sum"], ended / 4)
+        for name, value in values.items():
+            if name.startswith("sidecar_request_duration_seconds_bucket"):
+                bound = float(re.search('le="(.*)"', name).group(1))
+                self.assertEqual(value, ended if bound >= 0.25 else 0, name)
+            if re.search("_(total|count|sum|bucket)", name):
+                self.assertGreaterEqual(value, before.get(name, 0), name)
 
     def test_what_was_given_up_adds_up_too(self):
         sidecar = self.sidecar()
@@ -3118,41 +3124,58 @@ class TestRun(Case):
 
     def test_at_a_terminal_the_worker_gets_each_key_once(self):
         """Ctrl-C, and what else a terminal sends to all of its foreground processes."""
+        shown, status = self.at_a_terminal(
+            (lambda terminal: None, b"listening"), (lambda terminal: None, b"worker is up"),
+            (lambda terminal: os.write(terminal, b"\x03"), b"got SIGINT"),         # Ctrl-C
+            (lambda terminal: os.write(terminal, b"\x1c"), b"got SIGQUIT"),        # Ctrl-\\
+            (lambda terminal: fcntl.ioctl(terminal, 0x5414,                        # TIOCSWINSZ
+                                          struct.pack("HHHH", 7, 7, 7, 7)), b"got SIGWINCH"))
+        self.assertEqual(status, 3, shown)
+        self.assertEqual([shown.count(b"got " + name)
+                          for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
+        self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
+                         [1, 1], shown)
+
+    def at_a_terminal(self, *steps):
+        """Run WORKER at a terminal of its own; return what that shows, and the exit status.
+
+        Each step is what to do with the terminal, and what it shows then. SIGTERM comes after them.
+        """
         pid, terminal = pty.fork()
         if pid == 0:
             os.environ.update(SIDECAR_PORT="0", METRICS_PORT="0", GRACE_PERIOD_SECONDS="1h")
             os.execv(sys.executable, [sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--",
                                       sys.executable, "-c", WORKER])
         shown = b""
-
-        def read():
-            self.assertTrue(select.select([terminal], [], [], PATIENCE)[0], shown)
-            return os.read(terminal, 4096)
-
         try:
-            for press, expected in ((lambda: None, b"listening"), (lambda: None, b"worker is up"),
-                                    (lambda: os.write(terminal, b"\x03"), b"got SIGINT"),
-                                    (lambda: os.write(terminal, b"\x1c"), b"got SIGQUIT"),
-                                    (lambda: fcntl.ioctl(terminal, 0x5414, struct.pack(
-                                        "HHHH", 7, 7, 7, 7)), b"got SIGWINCH")):
-                press()                  # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ).
+            for press, expected in steps:
+                press(terminal)
                 while expected not in shown:
-                    shown += read()
+                    self.assertTrue(select.select([terminal], [], [], PATIENCE)[0], shown)
+                    shown += os.read(terminal, 4096)
+            # It may read from the terminal, so it is in the foreground with us.
+            self.assertEqual(os.getpgid(child_of(pid)), pid)
             os.kill(pid, signal.SIGTERM)             # No terminal's, so it drains and passes it on.
-            while True:
-                try:
-                    shown += read()
-                except OSError:                 # The terminal's way to say that all have closed it.
-                    break
+            while select.select([terminal], [], [], PATIENCE)[0]:
+                shown += os.read(terminal, 4096)
+        except OSError:                         # The terminal's way to say that all have closed it.
+            pass
         finally:
             os.close(terminal)
             os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
-        self.assertEqual(os.WEXITSTATUS(status), 3, shown)
-        self.assertEqual([shown.count(b"got " + name)
-                          for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
-        self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
-                         [1, 1], shown)
+        return shown, os.WEXITSTATUS(status)
+
+    def test_a_worker_that_dies_in_a_drain_is_told_once_and_gets_no_signal(self):
+        sidecar = self.worker(GRACE_PERIOD_SECONDS="1h")
+        sidecar.post("/start-request?id=a")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        os.kill(child_of(sidecar.process.pid), signal.SIGKILL)
+        self.assertEqual(sidecar.wait(), 128 + signal.SIGKILL)
+        self.assertEqual(sidecar.log.count("worker ended status=137"), 1)
+        self.assertEqual(sidecar.log.count("request given up request_id=a"), 1)
+        self.assertNotIn("passed on", sidecar.log)
 
     def test_its_process_group(self):
         """One of its own, so that what is sent to ours does not reach it before the drain."""
