@@ -8,9 +8,9 @@ else.
 
     python sidecar.py                     serve
     python sidecar.py run -- COMMAND ...  serve, with the worker as a child: for one container
-    python sidecar.py health              ask a running sidecar, print its answer, exit 0 or 1; also:
-                                          ready, drain, metrics, requests. SIDECAR_URL says where
-                                          (http://127.0.0.1:SIDECAR_PORT)
+    python sidecar.py health              ask a running sidecar, print its answer, exit 0 or 1;
+                                          also: ready, drain, metrics, requests. SIDECAR_URL says
+                                          where, or else SIDECAR_HOST and SIDECAR_PORT
     python sidecar.py --help              this text, and the figures; also: --version
 
 Endpoints on SIDECAR_PORT (those marked * answer loopback and TRUSTED_CLIENTS only; each error is
@@ -262,8 +262,7 @@ class RequestTracker:
         self._left_behind = 0
         self._duration_counts = [0] * (len(BUCKETS) + 1)
         self._duration_sum = 0.0
-        self._short_durations = 0                   # how many in a row
-        self._short_durations_told = False
+        self._short_durations = 0                   # how many in a row; None: the log told of them
         self._latest_durations = deque(maxlen=100)  # by the clock here, whatever the worker said
         self._start_time = time.time()
         self._last_start_time = None
@@ -470,7 +469,6 @@ class RequestTracker:
             oldest = next(iter(self._active.values()), None)
             held = next(iter(self._held), None)
             return {
-                **self._other_counts,
                 "active_requests": len(self._active),
                 "total_requests": self._started,
                 "last_request_time": self._last_start_time,
@@ -490,7 +488,7 @@ class RequestTracker:
                 "drain_remaining_seconds":
                     max(drain.grace_over_at - now, 0.0) if self._phase == DRAINING else None,
                 "grace_period_seconds": self.grace_period_seconds,
-                "durations": (list(self._duration_counts), self._duration_sum),
+                "durations": (list(self._duration_counts), self._duration_sum), **self._other_counts,
             }
 
     def active_requests(self) -> list:
@@ -625,7 +623,7 @@ class RequestTracker:
         self._latest_durations.append(measured)
         if seconds is None:
             seconds = measured
-        elif measured >= 0.1:
+        elif measured >= 0.1 and self._short_durations is not None:
             self._look_for_short_durations(seconds, measured)
         self._duration_counts[bisect_left(BUCKETS, seconds)] += 1
         self._duration_sum += seconds
@@ -635,8 +633,8 @@ class RequestTracker:
     def _look_for_short_durations(self, seconds, measured):
         """Say once that ten ends in a row told less than a thousandth of the time that passed."""
         self._short_durations = self._short_durations + 1 if seconds * 1000 < measured else 0
-        if self._short_durations == 10 and not self._short_durations_told:
-            self._short_durations_told = True
+        if self._short_durations == 10:
+            self._short_durations = None
             log.warning("durations are too short", {
                 "duration_seconds": seconds, "measured_seconds": rounded(measured),
                 "hint": "Go takes the duration of `defer end(time.Since(start))` before the work"})
@@ -2054,13 +2052,13 @@ def sidecar_address(environ):
     return host, port, "", url_of(host, port)
 
 
-def main(arguments):
-    while os.open(os.devnull, os.O_RDWR) < 3:       # a socket must not get the number of a stderr that is closed
+def main(arguments: list) -> int:
+    while os.open(os.devnull, os.O_RDWR) < 3:       # no socket gets the number of a closed stderr
         pass
     if not arguments:
-        serve()
+        serve()                                     # never returns
     if arguments[:2] == ["run", "--"] and arguments[2:]:
-        serve(arguments[2:])
+        serve(arguments[2:])                        # never returns
     if len(arguments) == 1 and arguments[0] in COMMANDS:
         return ask(arguments[0])
     if arguments in (["--help"], ["-h"]):
