@@ -117,19 +117,19 @@ class TestFuzz(Case):
         b"POST /start-request?id=%(id)s HTTP/1.1\r\nHost: localhost:8081\r\nUser-Agent: "
         b"fuzz\r\n\r\n",
         b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
-        b"POST /start-request?id=%(id)s&x=1 HTTP/1.1\r\nTransfer-Encoding: "
+        b"POST /start-request?id=%(id)s&x=1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: "
         b"chunked\r\n\r\n5;a=b\r\nhello\r\n1\r\n!\r\n0\r\nT: x\r\n\r\n",
-        b"POST /end-request?duration=1m2.5s HTTP/1.1\r\nAccept: */*\r\nConnection: "
+        b"POST /end-request?duration=1m2.5s HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nConnection: "
         b"keep-alive\r\n\r\n",
         b"POST /end-request?id=%(id)s&duration=150%%C2%%B5s HTTP/1.0\r\nContent-Type: "
         b"application/json\r\nContent-Length: 2\r\n\r\n{}",
-        b"POST /end-request?id=%(id)s&duration=5.1e-05s HTTP/1.1\r\nExpect: "
+        b"POST /end-request?id=%(id)s&duration=5.1e-05s HTTP/1.1\r\nHost: a\r\nExpect: "
         b"100-continue\r\nContent-Length: 2\r\n\r\n{}",
-        b"GET /metrics HTTP/1.1\r\nAccept: "
+        b"GET /metrics HTTP/1.1\r\nHost: a\r\nAccept: "
         b"application/openmetrics-text;version=1.0.0\r\nAccept-Encoding: gzip\r\n\r\n",
-        b"GET /requests HTTP/1.1\r\n\r\n",
-        b"GET http://localhost:8081/ready?x=%%00 HTTP/1.1\r\nOrigin: http://[::1]:8081\r\n\r\n",
-        b"POST /reset HTTP/1.1\r\n\r\n",
+        b"GET /requests HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET http://localhost:8081/ready?x=%%00 HTTP/1.1\r\nHost: a\r\nOrigin: http://[::1]:8081\r\n\r\n",
+        b"POST /reset HTTP/1.1\r\nHost: a\r\n\r\n",
     ]
     TOKENS = [b"\r\n", b"\n", b"\r", b"\x00", b" ", b":", b"%", b"%ff", b"?", b"&", b"=", b";",
               b"#", b"\xff\xfe", b"\xc2\xb5", b"-1", b"0", b"99999999999999999999", b"0x10",
