@@ -2,6 +2,7 @@
 matters finds a place. Real Go and Node.js where they are installed.
 """
 import os
+import select
 import shutil
 import socket
 import sys
@@ -65,14 +66,16 @@ class TestManyConnections(Limits):
         sidecar = self.sidecar()
         silent = self.connect(sidecar, PLACES)
         until(lambda: figures(sidecar.process.pid)[1] > PLACES)
-        sidecar.signal(19)                     # SIGSTOP: what follows is there when it looks again.
-        silent[0].sendall(START % 1)
-        late = self.connect(sidecar, 8, b"GET /health HTTP/1.0\r\n\r\n")
+        sidecar.signal(19)                      # SIGSTOP: what follows is there when it looks again
+        for number in range(100):
+            silent[number].sendall(START % number)
+        late = self.connect(sidecar, 100, b"GET /health HTTP/1.0\r\n\r\n")
         sidecar.signal(18)
         for connection in late:
             self.assertTrue(read_to_end(connection).startswith(b"HTTP/1.1 200 "))
-        self.assertIn(b'"request_id": "1"', silent[0].recv(65536))
-        self.assertEqual(sidecar.active(), 1)
+        for number in range(100):
+            self.assertIn(b'"request_id": "%d"' % number, silent[number].recv(65536))
+        self.assertEqual(sidecar.active(), 100)
 
     def test_slow_clients_make_room(self):
         """Half a request each, and never the rest."""
@@ -87,8 +90,7 @@ class TestManyConnections(Limits):
         sidecar.post("/start-request?id=a")
         first, = self.connect(sidecar, 1, b"GET /drain HTTP/1.0\r\n\r\n")
         sidecar.wait_for("drain started")
-        for connection in self.connect(sidecar, PLACES + 8,
-                                       b"GET /drain HTTP/1.1\r\nHost: a\r\n\r\n"):
+        for connection in self.connect(sidecar, PLACES + 8, b"GET /drain HTTP/1.0\r\n\r\n"):
             connection.close()
         self.serves(sidecar)
         self.assertGreaterEqual(sidecar.get("/metrics")[1]["evicted_connections"], 8)
@@ -102,7 +104,12 @@ class TestManyConnections(Limits):
         sidecar.post("/start-request?id=a")
         waiting = self.connect(sidecar, PLACES, b"GET /drain HTTP/1.0\r\n\r\n")
         sidecar.wait_for("drain started")
-        self.assertEqual(sidecar.post("/end-request?id=a")[0], 200)  # it took the first one's place
+        self.assertEqual(sidecar.get("/health")[0], 200)                # in the place of one
+        evicted = select.select(waiting, [], [], PATIENCE)[0][0]        # the oldest, or nearly so
+        waiting.remove(evicted)
+        self.assertIn(b'{"error": "too many connections", "active_requests": 1}',
+                      read_to_end(evicted))
+        self.assertEqual(sidecar.post("/end-request?id=a")[0], 200)     # which is free now
         answered = sum(read_to_end(connection).startswith(b"HTTP/1.1 200 ")
                        for connection in waiting)
         self.assertGreaterEqual(answered, PLACES - 1)
@@ -124,10 +131,9 @@ class TestManyConnections(Limits):
             while b"request_id" not in held[number].recv(65536):
                 pass
             self.assertEqual(sidecar.post("/end-request?id=%d" % number)[0], 200)
-        figures_now = sidecar.get("/metrics")[1]
-        self.assertEqual((figures_now["unmatched_ends"], figures_now["refused_connections"]),
-                         (0, 0))
-        self.assertGreaterEqual(figures_now["held_starts"], count - 88 - 16)
+        metrics = sidecar.get("/metrics")[1]
+        self.assertEqual((metrics["unmatched_ends"], metrics["refused_connections"]), (0, 0))
+        self.assertGreaterEqual(metrics["held_starts"], count - 88 - 16)
 
 
 class TestLookers(Case):
@@ -157,7 +163,7 @@ def look():
         assert sidecar.post("/start-request?id=a")[0] == 200
         assert sidecar.get("/metrics")[1]["evicted_connections"] == 0      # Another budget.
         sidecar.host, sidecar.source = "192.0.2.10", ("192.0.2.11", 0)
-        until(lambda: sidecar.get("/health")[0] == 200)       # A second later the first one may go.
+        until(lambda: sidecar.get("/health")[0] == 200)     # a second later the first one may go
         assert sidecar.get("/metrics")[1]["evicted_connections"] >= 1
         assert sidecar.post("/reset")[0] == 403
         sidecar.host, sidecar.source = "127.0.0.1", None
@@ -176,7 +182,7 @@ class TestNode(Limits):
         folder = self.folder()
         client = readme_blocks("js")[0]
         with open(os.path.join(folder, "sidecar.mjs"), "w") as file:
-            file.write(client.replace("500", "60000"))       # A busy machine is not what is tested.
+            file.write(client.replace("500", "60000"))      # a busy machine is not what is tested
         with open(os.path.join(folder, "worker.mjs"), "w") as file:
             file.write("""
 import { track } from "./sidecar.mjs";
