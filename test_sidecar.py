@@ -15,6 +15,7 @@ import hashlib
 import http.client
 import http.server
 import json
+import logging
 import os
 import pty
 import re
@@ -267,6 +268,411 @@ class ScriptedCondition(threading.Condition().__class__):
     def notify_all(self):
         for waiter in self.waiting:
             waiter.notified = True
+
+
+class Clockwork(unittest.TestCase):
+    """A tracker with a clock that the test moves, and processes that it sets."""
+
+    GRACE, QUIET = 30.0, 0.5
+
+    def setUp(self):
+        self.clock = FakeTime()
+        self.addCleanup(setattr, sidecar_module, "time", sidecar_module.time)
+        sidecar_module.time = self.clock
+        log = sidecar_module.log
+        silent = logging.NullHandler()
+        log.addHandler(silent)
+        self.addCleanup(log.removeHandler, silent)
+        self.restart()
+
+    def restart(self, **options):
+        """Begin anew, with a tracker that has counted nothing."""
+        self.oldest_process = None
+        processes = types.SimpleNamespace(oldest_began=lambda now: self.oldest_process)
+        self.tracker = sidecar_module.RequestTracker(
+            self.GRACE, self.QUIET, options.get("timeout", 0.0), processes)
+
+    def pass_time(self, seconds):
+        self.clock.now += seconds
+
+    def start(self, request_id=None, hold=False, **options):
+        return self.tracker.start(request_id, hold, **options)
+
+    def hold(self, request_id=None):
+        """Return a start that is held."""
+        held = self.start(request_id, hold=True)
+        self.assertIsNone(held.answer)
+        return held
+
+    def answer(self, held):
+        return self.tracker.answer_of_held(held)
+
+    @property
+    def active(self):
+        return [request_id for request_id, _ in self.tracker.active_requests()]
+
+    def figure(self, name):
+        return self.tracker.snapshot()[name]
+
+
+class TestTransitions(Clockwork):
+    """The life of a drain: each row a phase, each column what happens, and the phase after it."""
+
+    # in this phase         /drain      SIGTERM     the last    the grace   /reset      /reset
+    #                                               end, quiet  period over             ?prefix=
+    TABLE = """
+    serving                 draining    draining    serving     serving     serving     serving
+    draining                draining    draining    completed   timed_out   serving     draining
+    completed               completed   completed   completed   completed   serving     completed
+    completed,active        draining    draining    completed   completed   serving     completed
+    timed_out               draining    timed_out   timed_out   timed_out   serving     timed_out
+    draining,SIGTERM        draining    draining    completed   timed_out   draining    draining
+    completed,SIGTERM       completed   completed   completed   completed   completed   completed
+    timed_out,SIGTERM       draining    timed_out   timed_out   timed_out   timed_out   timed_out
+    """
+    # in this phase         a start     that is     of a        15 s after  still held  5 s
+    #                                   held        restarted   the grace   at once     after
+    #                                               worker      period                  the drain
+    STARTS = """
+    serving                 serving     serving     serving     serving     serving     serving
+    draining                draining    draining    draining    serving     draining    draining
+    completed               completed   completed   serving     serving     completed   serving
+    completed,active        completed   completed   serving     serving     completed   serving
+    timed_out               timed_out   timed_out   serving     serving     timed_out   serving
+    draining,SIGTERM        draining    draining    draining    timed_out   draining    draining
+    completed,SIGTERM       completed   completed   completed   completed   completed   completed
+    timed_out,SIGTERM       timed_out   timed_out   timed_out   timed_out   timed_out   timed_out
+    """
+
+    def bring_to(self, state):
+        """Bring a new tracker into a phase; in each but `completed` the request "a" is active."""
+        self.restart()
+        phase, _, more = state.partition(",")
+        self.start("a")
+        if phase != "serving":
+            self.tracker.begin_drain(terminating=more == "SIGTERM")
+        if phase == "completed":
+            self.end_all()
+        if phase == "timed_out":
+            self.pass_time(self.GRACE)
+        if more == "active":
+            self.assertEqual(self.phase(), "completed")
+            self.start("a")
+        self.assertEqual(self.phase(), phase)
+
+    def end_all(self):
+        for request_id in self.active:
+            self.tracker.end(request_id)
+        self.pass_time(self.QUIET)
+
+    def phase(self):
+        """Return the phase; for one that is drained, how it came to that."""
+        phase = self.tracker.phase()
+        return self.tracker._drain.outcome if phase == "drained" else phase
+
+    def start_of_a_restarted_worker(self):
+        self.pass_time(1)
+        self.oldest_process = self.clock.now
+        self.pass_time(1)
+        self.start("b", hold=True)
+
+    def held_start_is_looked_at(self, seconds):
+        held = self.start("b", hold=True)
+        self.pass_time(seconds)
+        self.answer(held)
+
+    def check(self, table, events):
+        for row in table.strip().splitlines():
+            state, *expected = row.split()
+            self.assertEqual(len(expected), len(events))
+            for event, phase in zip(events, expected):
+                self.bring_to(state)
+                event()
+                self.assertEqual(self.phase(), phase, (state, events.index(event)))
+
+    def test_table(self):
+        self.check(self.TABLE, [
+            self.tracker_call("begin_drain"), self.tracker_call("begin_drain", terminating=True),
+            self.end_all, lambda: self.pass_time(self.GRACE), self.tracker_call("reset"),
+            self.tracker_call("reset", "other:")])
+
+    def tracker_call(self, name, *args, **options):
+        return lambda: getattr(self.tracker, name)(*args, **options)
+
+    def test_starts(self):
+        self.check(self.STARTS, [
+            lambda: self.start("b"), lambda: self.start("b", hold=True),
+            self.start_of_a_restarted_worker,
+            lambda: (self.pass_time(self.GRACE + 15), self.start("b")),
+            lambda: self.held_start_is_looked_at(0),
+            lambda: self.held_start_is_looked_at(5)])
+
+    def test_who_drains_joins_the_drain_that_is_under_way(self):
+        self.start("a")
+        first = self.tracker.begin_drain()
+        self.pass_time(self.GRACE - 1)
+        self.assertIs(self.tracker.begin_drain(terminating=True), first)
+        self.pass_time(1)
+        self.assertEqual(self.tracker.wait(first), "timed_out")
+
+    def test_a_new_drain_has_a_clock_of_its_own(self):
+        self.bring_to("completed,active")
+        drain = self.tracker.begin_drain(terminating=True)
+        self.assertIsNone(self.tracker.wait(drain, 0))
+        self.pass_time(self.GRACE - 0.1)
+        self.assertIsNone(self.tracker.wait(drain, 0))
+        self.pass_time(0.1)
+        self.assertEqual(self.tracker.wait(drain, 0), "timed_out")
+
+    def test_sigterm_after_a_drain_that_timed_out_does_not_wait_again(self):
+        self.bring_to("timed_out")
+        drain = self.tracker.begin_drain(terminating=True)
+        self.assertEqual(self.tracker.wait(drain, 0), "timed_out")
+
+    def test_the_quiet_period(self):
+        """It begins with the drain at the earliest, and anew with each request."""
+        self.pass_time(9)
+        drain = self.tracker.begin_drain()
+        self.pass_time(self.QUIET - 0.1)
+        self.start("a")
+        self.pass_time(9)
+        self.tracker.end("a")
+        self.pass_time(self.QUIET - 0.1)
+        self.assertIsNone(self.tracker.wait(drain, 0))
+        self.pass_time(0.1)
+        self.assertEqual(self.tracker.wait(drain, 0), "completed")
+
+    def test_who_waited_for_a_drain_that_is_undone_is_told_so(self):
+        self.start("a")
+        drain = self.tracker.begin_drain()
+        self.tracker.reset()
+        self.assertEqual(self.tracker.wait(drain), "undone")
+        self.assertEqual(self.figure("drains"), {"completed": 0, "timed_out": 0, "undone": 1})
+
+
+class TestHeldStarts(Clockwork):
+    """What becomes of a start that comes while draining, with a clock that the test moves."""
+
+    def drain(self, *active):
+        for request_id in active:
+            self.start(request_id)
+        return self.tracker.begin_drain()
+
+    def test_it_is_neither_counted_nor_answered(self):
+        drain = self.drain("a")
+        held = self.hold("b")
+        self.assertEqual((self.active, self.figure("total_requests")), (["a"], 1))
+        self.pass_time(3)
+        self.assertEqual((self.figure("held_starts"), self.figure("oldest_held_start_age_seconds")),
+                         (1, 3.0))
+        self.tracker.end("a")
+        self.pass_time(self.QUIET)
+        self.assertEqual(self.tracker.wait(drain), "completed")
+        self.assertIsNone(self.answer(held))
+
+    def test_one_that_need_not_wait_or_is_active_or_over_is_answered_at_once(self):
+        self.drain("a")
+        self.assertEqual(self.start("b").answer, ("b", 2, True))
+        self.assertEqual(self.start("a", hold=True).answer, ("a", 2, True))
+        self.tracker.end("early")
+        self.assertEqual(self.start("early", hold=True).answer, ("early", 2, True))
+
+    def test_an_end_that_overtook_its_start(self):
+        """It is remembered for 10 s, once; the start is over when it comes."""
+        self.assertEqual(self.tracker.end("a", 0.2), (False, 0, False))
+        self.assertEqual(self.start("a").answer, ("a", 0, False))
+        counts, total = self.figure("durations")
+        self.assertEqual((sum(counts), total, self.figure("total_requests")), (1, 0.2, 1))
+        self.assertEqual(self.tracker.end("a"), (True, 0, False))       # again: no error
+        self.assertEqual(self.start("a").answer, ("a", 1, False))       # a later request
+        self.tracker.end("b")
+        self.pass_time(10)
+        self.assertEqual(self.start("b").answer, ("b", 2, False))
+        self.tracker.end()
+        self.assertEqual(self.start().answer[1], 3)                     # none without an id
+
+    def test_five_seconds_after_the_drain_all_are_counted_and_it_is_undone(self):
+        self.drain()
+        held = [self.hold("a"), self.hold("b")]
+        self.pass_time(self.QUIET)
+        self.assertEqual(self.tracker.phase(), "drained")
+        self.pass_time(4.9)
+        self.assertEqual([self.answer(one) for one in held], [None, None])
+        self.pass_time(0.1)
+        self.assertEqual([self.answer(one) for one in held], [("a", 1, False), ("b", 2, False)])
+
+    def test_after_sigterm_none_is_let_go_before_run_has_passed_the_signal_on(self):
+        held = []
+        self.drain()
+        held.append(self.hold("a"))
+        self.tracker.begin_drain(terminating=True)
+        self.pass_time(3600)
+        self.assertIsNone(self.answer(held[0]))
+        self.tracker.passed_on()
+        self.pass_time(0.9)
+        self.assertIsNone(self.answer(held[0]))
+        self.pass_time(0.1)
+        self.assertEqual(self.answer(held[0]), ("a", 1, True))
+
+    def test_what_may_block_the_worker_is_answered_one_by_one(self):
+        self.drain("a")
+        first, second = self.hold(), self.hold()
+        self.pass_time(4.9)
+        self.assertIsNone(self.answer(first))
+        self.pass_time(0.1)
+        self.assertIsNone(self.answer(second))              # the oldest goes first
+        self.assertEqual(self.answer(first)[1:], (2, True))
+        self.pass_time(4.9)
+        self.assertIsNone(self.answer(second))
+        self.pass_time(0.1)
+        self.assertEqual(self.answer(second)[1:], (3, True))
+
+    def test_an_end_puts_that_off(self):
+        self.drain("a", "b")
+        held = self.hold()
+        self.pass_time(4.9)
+        self.tracker.end("a")
+        self.pass_time(4.9)
+        self.assertIsNone(self.answer(held))
+        self.pass_time(0.1)
+        self.assertIsNotNone(self.answer(held))
+
+    def test_where_the_count_falls_within_a_second_it_was_the_hold_that_blocked(self):
+        for seconds, ends, freed in ((1.0, 2, True), (1.1, 2, False), (0.5, 1, False)):
+            self.restart()
+            self.drain("a", "b", "c")
+            first, second = self.hold(), self.hold()
+            self.pass_time(5)
+            self.assertEqual(self.answer(first)[1], 4)
+            self.pass_time(seconds)
+            for request_id in "ab"[:ends]:
+                self.tracker.end(request_id)
+            self.assertEqual(self.answer(second) is not None, freed, (seconds, ends))
+            self.assertEqual(self.start("late", hold=True).answer is not None, freed)
+
+    def test_none_is_held_for_over_15_seconds_while_draining(self):
+        self.drain("a")
+        held = self.hold()
+        for number in range(3):                             # while others end, so it is not blocked
+            self.start(str(number))
+            self.pass_time(4.9)
+            self.tracker.end(str(number))
+        self.assertIsNone(self.answer(held))
+        self.pass_time(0.4)
+        self.assertIsNotNone(self.answer(held))
+
+    def test_a_client_that_gave_up_is_counted_and_no_more_are_held(self):
+        self.drain("a")
+        one, other = self.hold(), self.hold()
+        self.tracker.client_gone(one)
+        self.assertEqual(len(self.active), 3)
+        self.assertEqual(self.answer(other)[1:], (3, True))
+        self.assertIsNotNone(self.start(hold=True).answer)
+
+    def test_a_request_whose_client_heard_no_answer_ends_last_and_lapses(self):
+        self.drain()
+        held = self.hold()
+        self.tracker.client_gone(held)
+        unheard, = self.active
+        heard = self.start().answer[0]
+        self.tracker.end()
+        self.assertEqual(self.active, [unheard])
+        self.pass_time(9.9)
+        self.assertEqual(self.active, [unheard])
+        self.pass_time(0.1)
+        self.assertEqual((self.active, self.figure("expired_requests")), ([], 1))
+        self.assertEqual(self.tracker.end(), (True, 0, True))       # its end is still known
+        self.assertNotEqual(heard, unheard)
+
+    def test_it_lapses_after_the_longest_of_the_last_requests(self):
+        self.start("long")
+        self.pass_time(25)
+        self.tracker.end("long", 0.1)                       # by the clock here, not by what it says
+        self.drain("a")
+        self.tracker.client_gone(self.hold("b"))
+        self.pass_time(24.9)
+        self.assertEqual(self.active, ["a", "b"])
+        self.pass_time(0.1)
+        self.assertEqual(self.active, ["a"])
+
+    def test_one_that_is_started_again_with_its_id_is_heard(self):
+        self.drain("a")
+        self.tracker.client_gone(self.hold("b"))
+        self.assertEqual(self.start("b").answer, ("b", 2, True))
+        self.pass_time(25)
+        self.assertEqual(self.active, ["a", "b"])
+
+    def test_two_held_with_one_id_are_one_request(self):
+        self.drain("a")
+        first, again = self.hold("b"), self.hold("b")
+        self.tracker.client_gone(first)
+        self.assertEqual(self.answer(again), ("b", 2, True))
+        self.assertEqual(self.figure("total_requests"), 2)
+
+    def test_the_time_out_of_requests_stands_still_while_one_is_held(self):
+        self.restart(timeout=4.0)
+        self.drain("a")
+        self.pass_time(1)
+        held = self.hold("b")
+        self.pass_time(4.9)
+        self.assertEqual(self.active, ["a"])
+        self.tracker.client_gone(held)
+        self.pass_time(2.9)
+        self.assertEqual(self.active, ["a", "b"])
+        self.pass_time(0.1)
+        self.assertEqual(self.active, ["b"])
+
+    def test_what_a_process_that_is_gone_left_behind(self):
+        """Only what came by loopback, and only where another process or none is there now."""
+        self.oldest_process = self.clock.now - 1
+        self.start("a")
+        self.start("from afar", local=False)
+        self.pass_time(1)
+        self.assertEqual(self.active, ["a", "from afar"])
+        self.oldest_process = None                          # nobody can tell
+        self.assertEqual(self.active, ["a", "from afar"])
+        self.pass_time(1)
+        self.oldest_process = self.clock.now
+        self.start("b")
+        self.assertEqual(self.active, ["from afar", "b"])
+        self.assertEqual((self.figure("expired_requests"), self.figure("left_behind_requests")),
+                         (1, 1))
+        drain = self.tracker.begin_drain()
+        self.pass_time(1)
+        self.oldest_process = self.clock.now                # while it waits, too
+        self.assertIsNone(self.tracker.wait(drain, 0))
+        self.assertEqual(self.active, ["from afar"])
+
+    def test_an_end_without_an_id_ends_no_request_that_was_left_behind(self):
+        self.start()
+        self.pass_time(1)
+        self.oldest_process = self.clock.now
+        self.start()
+        self.tracker.end()
+        self.assertEqual((self.active, self.figure("left_behind_requests")), ([], 1))
+
+    def test_the_held_start_of_a_process_that_is_gone_is_not_counted(self):
+        self.drain("a")
+        held = self.hold()
+        self.pass_time(1)
+        self.oldest_process = self.clock.now
+        self.tracker.client_gone(held)
+        self.assertEqual((self.active, self.figure("held_starts")), ([], 0))
+
+    def test_reset_lets_all_go_and_keeps_them(self):
+        self.drain("a")
+        held = self.hold("b")
+        self.assertEqual(self.tracker.reset(), 1)
+        self.assertIs(self.answer(held)[2], False)
+        self.assertEqual(self.active, ["b"])
+
+    def test_reset_with_a_prefix_gives_up_only_that_processs(self):
+        for request_id in ("slot1:a", "slot11:a", "slot2:a"):
+            self.start(request_id)
+        self.start()
+        self.assertEqual(self.tracker.reset("slot1:"), 1)
+        self.assertEqual(len(self.active), 3)
+        self.assertNotIn("slot1:a", self.active)
 
 
 class TestCounting(Case):
@@ -644,6 +1050,158 @@ class TestDrain(Case):
             sidecar.wait_for("drain started")
             sidecar.signal(number)
             self.assertEqual(sidecar.wait(), 1)
+
+
+class TestHolding(Case):
+    """A start that comes while draining, as its client sees it."""
+
+    START = b"POST /start-request HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    def draining(self, *argv, **options):
+        """Return a sidecar that holds starts, and drains because the request "a" is active."""
+        sidecar = self.sidecar(*argv, **dict(dict(HOLD_STARTS="always", GRACE_PERIOD_SECONDS="1h"),
+                                             **options))
+        sidecar.post("/start-request?id=a")
+        caller = sidecar.raw(b"GET /drain HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.addCleanup(caller.close)
+        sidecar.wait_for("drain started")
+        return sidecar
+
+    def hold(self, sidecar, count=1):
+        """Return a connection whose start is held, after the first bytes of its answer."""
+        connection = sidecar.raw(self.START)
+        self.addCleanup(connection.close)
+        until(lambda: sidecar.sample("sidecar_held_starts") == count)
+        return connection
+
+    @staticmethod
+    def read_until(connection, pattern):
+        """Read until what has come matches; return it."""
+        received = b""
+        while not re.search(pattern, received, re.DOTALL):
+            piece = connection.recv(65536)
+            if not piece:
+                raise AssertionError("closed after %r" % received)
+            received += piece
+        return received
+
+    def test_its_answer_trickles_until_it_is_whole(self):
+        """So a time-out for each read never fires, and the connection can be used again."""
+        sidecar = self.draining()
+        connection = self.hold(sidecar)
+        begin = self.read_until(connection, rb"Held: \.\.\.")
+        self.assertRegex(begin, rb"\AHTTP/1.1 200 OK\r\nHeld: \.+\Z")
+        sidecar.post("/reset")
+        rest = self.read_until(connection, rb"}\n")
+        head, _, body = rest.partition(b"\r\n\r\n")
+        self.assertEqual(json.loads(body.decode()), {
+            "request_id": json.loads(body.decode())["request_id"], "active_requests": 2,
+            "draining": False})
+        self.assertIn(b"\r\nContent-Length: %d\r\n" % len(body), head)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertTrue(self.read_until(connection, rb"}\n").startswith(b"HTTP/1.1 200 OK\r\n"))
+
+    def test_every_client_library_reads_it(self):
+        """Here the one of the standard library, with a time-out for each read."""
+        sidecar = self.draining(constants={"TRICKLE_SECONDS": 0.05})
+        connection = http.client.HTTPConnection(sidecar.host, sidecar.port, timeout=1)
+        self.addCleanup(connection.close)
+        answers = []
+
+        def ask():
+            connection.request("POST", "/start-request?id=b")
+            answers.append(json.loads(connection.getresponse().read().decode()))
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        sidecar.wait_for("holding starts")
+        sidecar.post("/reset")
+        asking.join(PATIENCE)
+        self.assertEqual([answer["request_id"] for answer in answers], ["b"])
+        self.assertEqual(sidecar.active(), 1)
+
+    def test_a_client_that_hangs_up_is_counted(self):
+        sidecar = self.draining()
+        self.hold(sidecar).close()
+        sidecar.wait_for('starts are not held any longer reason="a client gave up"')
+        self.assertEqual(sidecar.active(), 2)
+        self.assertEqual(sidecar.sample("sidecar_held_starts"), 0)
+
+    def test_a_half_closed_connection_is_no_client_that_hung_up(self):
+        sidecar = self.draining()
+        connection = self.hold(sidecar)
+        connection.shutdown(socket.SHUT_WR)
+        self.read_until(connection, rb"Held: \.\.\.\.")
+        self.assertEqual(sidecar.active(), 1)
+        sidecar.post("/reset")
+        self.read_until(connection, rb'"draining": false}\n')
+
+    def test_the_sidecar_exits_and_answers_nobody(self):
+        sidecar = self.draining()
+        connection = self.hold(sidecar)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("INFO signal")
+        sidecar.post("/end-request?id=a")
+        self.assertEqual(sidecar.wait(), 0)
+        with self.assertRaisesRegex(AssertionError, r"closed after b'HTTP/1.1 200 OK"):
+            self.read_until(connection, rb"}\n")
+
+    def test_the_query_decides_for_one_call(self):
+        sidecar = self.draining(HOLD_STARTS="never")
+        self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], True)
+        self.assertEqual(sidecar.post("/start-request?hold=maybe"),
+                         (400, {"error": "hold 'maybe': expected true or false"}))
+        self.START = self.START.replace(b"request ", b"request?hold=true ")
+        self.hold(sidecar)
+        sidecar = self.draining()
+        self.assertEqual(sidecar.post("/start-request?hold=false")[1]["draining"], True)
+        sidecar.wait_for("drain started")
+        self.assertNotIn("holding starts", sidecar.log)
+
+    def test_auto_holds_only_where_sigterm_surely_ends_the_worker(self):
+        sidecar = self.draining(HOLD_STARTS="auto", KUBERNETES_SERVICE_HOST="10.0.0.1")
+        self.assertEqual(sidecar.post("/start-request")[1]["draining"], True)
+        missing = "WARNING starts are not held while draining missing=\"shareProcessNamespace: true"
+        self.assertEqual(sidecar.log.count(missing), 1)
+        for options in ({"HOLD_STARTS": "never", "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+                        {"HOLD_STARTS": "auto", "KUBERNETES_SERVICE_HOST": None}):
+            self.assertNotIn("starts are not held", self.draining(**options).log)
+
+    def test_the_log_tells_it_once_a_drain(self):
+        sidecar = self.draining()
+        self.hold(sidecar)
+        self.hold(sidecar, 2)
+        sidecar.post("/reset")
+        self.assertEqual(sidecar.log.count("holding starts"), 1)
+
+    def test_run_ends_a_worker_whose_next_start_is_held(self):
+        """One without a signal handler, which does not look at `draining`."""
+        loop = ("import json, os, urllib.request as u\n"
+                "while True:\n"
+                "    for path in ('/start-request', '/end-request'):\n"
+                "        u.urlopen(u.Request(os.environ['SIDECAR_URL'] + path, method='POST'))\n")
+        sidecar = self.sidecar("run", "--", sys.executable, "-c", loop, GRACE_PERIOD_SECONDS="1h")
+        until(lambda: sidecar.get("/metrics")[1]["total_requests"] > 20)
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 128 + signal.SIGTERM)
+        sidecar.wait_for("drain completed active_requests=0 held_starts=[01] ")
+        self.assertNotIn("request given up", sidecar.log)
+
+    def test_run_lets_a_worker_go_on_that_ends_in_its_own_way(self):
+        """It has a handler for SIGTERM, and first does what it has taken."""
+        loop = ("import os, signal, sys, urllib.request as u\n"
+                "stopping = []\n"
+                "signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))\n"
+                "done = 0\n"
+                "while not stopping:\n"
+                "    for path in ('/start-request', '/end-request'):\n"
+                "        u.urlopen(u.Request(os.environ['SIDECAR_URL'] + path, method='POST'))\n"
+                "    done += 1\n"
+                "sys.exit(7 if done else 8)\n")
+        sidecar = self.sidecar("run", "--", sys.executable, "-c", loop, GRACE_PERIOD_SECONDS="1h")
+        until(lambda: sidecar.get("/metrics")[1]["total_requests"] > 20)
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 7)
+        self.assertNotIn("request given up", sidecar.log)
 
 
 class TestEndpoints(Case):
@@ -1916,7 +2474,7 @@ class TestRun(Case):
         sidecar.post("/start-request?id=a")
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
-        self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], True)
+        self.assertEqual(sidecar.post("/start-request?id=b&hold=false")[1]["draining"], True)
         for name in "ab":
             self.assertNotIn("got ", sidecar.log)
             self.assertEqual(sidecar.post("/end-request?id=" + name)[0], 200)
@@ -2061,14 +2619,17 @@ class TestRun(Case):
         self.assertEqual(descriptors, "4\n")
 
     def test_a_parent_that_ignored_sigchld(self):
-        """Such a disposition is inherited, and the kernel then tells nobody how a child ended."""
+        """Such a disposition is inherited, also by the worker; the kernel then tells nobody how a
+        child ended."""
         ignoring = ("import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
                     "os.execv(sys.argv[1], sys.argv[1:])")
         run = subprocess.run([sys.executable, "-c", ignoring, sys.executable,
-                              os.path.join(HERE, "sidecar.py"), "run", "--", "sh", "-c", "exit 7"],
+                              os.path.join(HERE, "sidecar.py"), "run", "--", sys.executable, "-c",
+                              "import signal, sys; sys.exit(7 + (signal.getsignal(signal.SIGCHLD) "
+                              "== signal.SIG_IGN))"],
                              env=dict(os.environ, SIDECAR_PORT="0", METRICS_PORT="0"),
                              stderr=subprocess.DEVNULL, timeout=PATIENCE)
-        self.assertEqual(run.returncode, 7)
+        self.assertEqual(run.returncode, 8)
 
     def test_at_a_terminal_the_worker_gets_each_key_once(self):
         """Ctrl-C, and what else a terminal sends to all of its foreground processes."""
@@ -2107,6 +2668,28 @@ class TestRun(Case):
                           for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
         self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
                          [1, 1], shown)
+
+    def test_its_process_group(self):
+        """One of its own, so that what is sent to ours does not reach it before the drain."""
+        sidecar = self.worker()
+        worker = child_of(sidecar.process.pid)
+        self.assertEqual(os.getpgid(worker), worker)
+        self.assertNotEqual(os.getpgid(sidecar.process.pid), worker)
+
+    def test_where_nobody_says_who_sent_a_signal(self):
+        """As on macOS, which has no sigwaitinfo."""
+        sidecar = self.program(
+            sys.executable, "-c", "import signal, sys; del signal.sigwaitinfo; "
+            "sys.path.insert(0, %r); import sidecar; sidecar.main(sys.argv[1:])" % HERE,
+            "run", "--", sys.executable, "-c", WORKER,
+            env={"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0})
+        sidecar.wait_for("worker is up")
+        sidecar.signal(signal.SIGUSR1)
+        sidecar.wait_for("got SIGUSR1")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain completed")
+        sidecar.wait_for("got SIGTERM")
+        self.assertEqual(sidecar.wait(), 3)
 
     def test_nothing_wakes_up_while_idle(self):
         for sidecar in (self.sidecar(), self.worker()):

@@ -2,6 +2,7 @@
 import fcntl
 import http.client
 import os
+import resource
 import signal
 import socket
 import struct
@@ -50,6 +51,63 @@ class TestFaults(Case):
                 return False
         until(answers, "an answer")
         return sidecar
+
+    PYTHON = "/usr/bin/python3"         # one that every user may run
+    FILL = """
+import os, signal, sys
+children = []
+try:
+    while True:
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.pause()
+except BlockingIOError:
+    print("full", flush=True)
+sys.stdin.read()
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+    def limited(self, *argv, most):
+        """Return a program of a user that nobody else is, who may have so many threads in all."""
+        user = 40000 + os.getpid()
+
+        def become():
+            resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+            os.setgid(user)
+            os.setuid(user)
+        return self.program(
+            self.PYTHON, *argv, preexec_fn=become, cwd="/", stdin=subprocess.PIPE,
+            env={"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0})
+
+    @needs("root, whose children may become another user", NAMESPACES)
+    def test_a_signal_at_the_process_limit(self):
+        """No thread can be started any more; a drain needs none."""
+        for argv, status in (((), 0), (("run", "--", self.PYTHON, "-c", WORKER), 3)):
+            program = self.limited(os.path.join(HERE, "sidecar.py"), *argv, most=30)
+            where = program.wait_for(r"listening api=http://(\S+):(\d+)")
+            with socket.create_connection((where.group(1), int(where.group(2))),
+                                          timeout=PATIENCE) as connection:
+                connection.sendall(b"POST /start-request HTTP/1.1\r\nHost: x\r\n\r\n")
+                self.assertIn(b" 200 ", connection.recv(65536))
+                filler = self.limited("-c", self.FILL, most=30)
+                filler.wait_for("full")
+                program.signal(signal.SIGTERM)
+                program.wait_for("drain started active_requests=1")
+                connection.sendall(b"POST /end-request HTTP/1.1\r\nHost: x\r\n\r\n")
+                program.wait_for("drain completed")
+            self.assertEqual(program.wait(), status, program.log)
+            self.assertNotIn("Traceback", program.log)
+            filler.process.stdin.close()
+            self.assertEqual(filler.wait(), 0)
+
+    @needs("root, whose children may become another user", NAMESPACES)
+    def test_run_starts_no_worker_that_it_could_not_accompany(self):
+        program = self.limited(os.path.join(HERE, "sidecar.py"), "run", "--", self.PYTHON, "-c",
+                               WORKER, most=1)
+        self.assertEqual(program.wait(), 1)
+        self.assertRegex(program.log, r"\Asidecar: no thread can be started: [^\n]*\Z")
 
     def test_no_descriptors_left(self):
         sidecar = self.sidecar(launcher=("sh", "-c", 'ulimit -n 64; exec "$@"', "sh"))
