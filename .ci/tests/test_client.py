@@ -345,7 +345,7 @@ class TestHeld(ClientCase):
     def holding(self, **options):
         released = threading.Event()
         server = self.server(lambda path: released if "start" in path else COUNTED)
-        client = self.client(server.url, CALL_SECONDS=0.5, **options)
+        client = self.client(server.url, CALL_SECONDS=2.0, **options)
         self.addCleanup(released.set)
         return server, client, released
 
@@ -360,7 +360,7 @@ class TestHeld(ClientCase):
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         server.wait_for("/start-request")
-        time.sleep(1.0)         # twice the longest that a call which is not held may take
+        time.sleep(2.5)         # more than the longest that a call which is not held may take
         self.assertEqual(began, [])
         released.set()
         thread.join(PATIENCE)
@@ -376,7 +376,7 @@ class TestHeld(ClientCase):
             threads = threading.active_count() - len(server.connections)
             while len(server.paths) < 60:               # more than an executor has threads
                 await asyncio.sleep(0.01)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(2.5)
             self.assertFalse(any(task.done() for task in tasks))
             self.assertLessEqual(threading.active_count() - len(server.connections), threads)
             released.set()
@@ -481,27 +481,28 @@ class TestTrouble(ClientCase):
 
     def test_a_message_is_delayed_by_a_second_at_most(self):
         self.assertLessEqual(2 * Sidecar.CALL_SECONDS, 1.0)
-        hung = threading.Event()
-        server = self.server(lambda path: SILENCE if hung.is_set() else COUNTED)
-        for run in (lambda client: client.track().__enter__(),
-                    lambda client: asyncio.run(client.track().__aenter__())):
-            hung.clear()
+        server = self.server(lambda path: SILENCE)
+        for io, enter in ((sidecar_module.Blocking, lambda request: request.__enter__()),
+                          (sidecar_module.InLoop, lambda request: asyncio.run(request.__aenter__()))):
+            given, connect, receive = [], io.connect, io.receive
+
+            async def slow_connect(address, seconds):
+                given.append(seconds)
+                connection = await connect(address, seconds)
+                time.sleep(0.2)             # as with a full backlog, or a server of names
+                return connection
+
+            async def timed_receive(connection, seconds):
+                given.append(seconds)
+                return await receive(connection, seconds)
+
             client = self.client(server.url, CALL_SECONDS=0.3, REST_SECONDS=3600)
-            with client.track():
-                hung.set()                  # what a new connection or a backlog adds is in it too
-            client._memory.rest_until = 0.0
-            given = []
-            for io in (sidecar_module.Blocking, sidecar_module.InLoop):
-                receive = io.receive
-                patch = mock.patch.object(io, "receive", staticmethod(
-                    lambda connection, seconds, receive=receive:
-                    given.append(seconds) or receive(connection, seconds)))
-                patch.start()
-                self.addCleanup(patch.stop)
-            run(client)
-            mock.patch.stopall()
-            self.assertEqual(len(given), 1)
+            with mock.patch.object(io, "connect", slow_connect), \
+                    mock.patch.object(io, "receive", timed_receive):
+                enter(client.track())
+            self.assertEqual(len(given), 2)
             self.assertLessEqual(given[0], 0.3)
+            self.assertLessEqual(given[1], 0.1)
 
     def test_an_end_that_was_not_delivered_is_delivered_later(self):
         sidecar = self.sidecar()
