@@ -1,0 +1,405 @@
+"""README's recipes, each with the framework's own worker and the real library.
+
+Under load a worker's sidecar hangs for 5 s, and then SIGTERM comes through `run`. Nothing may be
+lost, frozen or left counted. The frameworks are in a virtual environment of their own, since their
+versions of common packages differ: .ci/cache/frameworks.
+"""
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+from support import CACHE, HERE, PATIENCE, Case, installed, needs, readme_blocks, until, version_of
+from test_kafka import KafkaCase, KafkaNode, needs_kafka, wait_for_kafka
+from test_telegram import BotAPI, BotAPIHandler
+
+FRAMEWORKS = os.path.join(CACHE, "frameworks")
+PYTHON = os.path.join(FRAMEWORKS, "bin", "python")
+HUNG_SECONDS = 5.0
+WORK_SECONDS = 0.2      # of a message
+GRACE_SECONDS = 60
+
+# What every worker in Python begins with: its work, and what a recipe takes for granted.
+PRELUDE = """
+import asyncio, os, signal, sys, threading, time
+sys.path.insert(0, %r)
+from sidecar import Sidecar
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+def work(number):
+    say("took", number)
+    time.sleep(%s)
+    say("did", number)
+
+async def work_in_loop(number):
+    say("took", number)
+    await asyncio.sleep(%s)
+    say("did", number)
+""" % (HERE, WORK_SECONDS, WORK_SECONDS)
+
+
+def needs_frameworks(thing):
+    return needs("the frameworks' environment", os.path.exists(PYTHON))(thing)
+
+
+def needs_redis(thing):
+    return needs("redis-server", shutil.which("redis-server"))(needs_frameworks(thing))
+
+
+def recipe(title):
+    """Return the code of README's recipe whose paragraph begins with the title."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    found = re.search(r"^\*\*%s\*\*.*?^```\w+\n(.*?)^```$" % re.escape(title), text,
+                      re.DOTALL | re.MULTILINE)
+    if not found:
+        raise AssertionError("README has no recipe %r" % title)
+    return found.group(1)
+
+
+class Frameworks:
+    """A worker that a test runs under `run`; it prints "took N" and "did N" of each message."""
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def save(self, name, text):
+        path = os.path.join(self.folder, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return path
+
+    def under_run(self, *command, **env):
+        return self.sidecar("run", "--", "env", "--chdir=" + self.folder, *command,
+                            **dict(dict(GRACE_PERIOD_SECONDS=GRACE_SECONDS), **env))
+
+    @staticmethod
+    def numbers(program, word):
+        return [int(number) for number in
+                re.findall(r"^%s (\d+)$" % word, "\n".join(list(program.lines)), re.MULTILINE)]
+
+    def did(self, program):
+        return set(self.numbers(program, "did"))
+
+    def hang(self, sidecar, at_least):
+        """Let the sidecar hang under load: the worker works on, and is counted right after."""
+        until(lambda: len(self.did(sidecar)) >= 3, "the first work")
+        before = len(self.did(sidecar))
+        sidecar.signal(signal.SIGSTOP)
+        over_at = time.monotonic() + HUNG_SECONDS
+        until(lambda: time.monotonic() > over_at)
+        meanwhile = len(self.did(sidecar)) - before
+        sidecar.signal(signal.SIGCONT)
+        self.assertGreaterEqual(meanwhile, at_least, sidecar.log)
+
+        def counted_right():
+            under_way = len(self.numbers(sidecar, "took")) - len(self.numbers(sidecar, "did"))
+            return under_way > 0 and sidecar.active() == under_way
+        until(counted_right, "a count of what is under way")
+
+    def drain(self, sidecar, status=0):
+        """SIGTERM: what was taken is done, and the worker ends; return what it did."""
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), status, sidecar.log)
+        sidecar.wait_for("drain completed active_requests=0")
+        self.assertEqual(sorted(set(self.numbers(sidecar, "took"))), sorted(self.did(sidecar)),
+                         sidecar.log)
+        self.assertNotIn("Traceback", sidecar.log)
+        return self.did(sidecar)
+
+
+class Bots(BotAPI):
+    """A Bot API whose bots begin with calls that change nothing here."""
+
+    def __init__(self):
+        super().__init__()
+        self.RequestHandlerClass = BotsHandler
+
+    def fill(self, count):
+        return [self.say("m%d" % number) for number in range(count)]
+
+    def left(self):
+        """Return the numbers of the messages that Telegram would hand out again."""
+        with self.changed:
+            return {int(update["message"]["text"][1:]) for update in self.updates}
+
+
+class BotsHandler(BotAPIHandler):
+    def act(self, method, params):
+        if method in ("deletewebhook", "setmycommands", "logout", "close"):
+            return self.answer(200, {"ok": True, "result": True})
+        return super().act(method, params)
+
+
+class TestBots(Frameworks, Case):
+    """Long polling: what is confirmed and not done is lost."""
+    COUNT = 400
+
+    def check(self, *command, **env):
+        api = Bots()
+        self.addCleanup(api.close)
+        api.fill(self.COUNT)
+        sidecar = self.under_run(*command, API=api.url, TOKEN=api.TOKEN, **env)
+        self.hang(sidecar, at_least=5)
+        did = self.drain(sidecar)
+        self.assertEqual(set(range(self.COUNT)) - did - api.left(), set())
+        self.assertLess(len(did), self.COUNT)       # it was under load to its end
+
+    @needs_frameworks
+    def test_aiogram(self):
+        self.check(PYTHON, self.save("bot.py", PRELUDE + """
+from aiogram import Bot, Dispatcher
+from aiogram.client.session.aiohttp import AiohttpSession
+from aiogram.client.telegram import TelegramAPIServer
+
+dp = Dispatcher()
+
+@dp.message()
+async def handle(message):
+    await work_in_loop(message.text[1:])
+
+""" + recipe("aiogram 3") + """
+session = AiohttpSession(api=TelegramAPIServer.from_base(os.environ["API"]))
+bot = Bot(os.environ["TOKEN"], session=session)
+asyncio.run(dp.start_polling(bot, tasks_concurrency_limit=4))
+"""))
+
+    @needs_frameworks
+    def test_python_telegram_bot(self):
+        self.check(PYTHON, self.save("bot.py", PRELUDE + """
+from telegram.ext import Application, MessageHandler, filters
+
+async def handle(update, context):
+    await work_in_loop(update.message.text[1:])
+
+""" + recipe("python-telegram-bot") + """
+builder = Application.builder().token(os.environ["TOKEN"]).concurrent_updates(4)
+builder = builder.base_url(os.environ["API"] + "/bot")
+application = builder.application_class(Counted).post_init(post_init).build()
+application.add_handler(MessageHandler(filters.TEXT, handle))
+application.run_polling()
+"""))
+
+
+@needs_redis
+class TestQueues(Frameworks, Case):
+    """Task queues on Redis: what is neither done nor done by the next worker is lost."""
+    COUNT = 150
+
+    def setUp(self):
+        super().setUp()
+        socket = os.path.join(self.folder, "redis.sock")
+        redis = self.program("redis-server", "--port", "0", "--unixsocket", socket, "--save", "",
+                             "--dir", self.folder)
+        redis.wait_for("[Rr]eady to accept connections")
+        self.redis = socket
+
+    def check(self, fill, *command, at_least=5, **env):
+        done = subprocess.run([PYTHON, "-c", fill], cwd=self.folder, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout.decode())
+        env = dict(env, PYTHONPATH=self.folder)
+        sidecar = self.under_run(*command, **env)
+        self.hang(sidecar, at_least)
+        did = self.drain(sidecar)
+        self.assertLess(len(did), self.COUNT)
+        following = self.program(*command, cwd=self.folder, env=dict(env, WORK_SECONDS=0))
+        until(lambda: did | self.did(following) == set(range(self.COUNT)), "the work that is left")
+
+    def app(self, name, text):
+        self.save(name + ".py", PRELUDE + text)
+
+    def test_celery(self):
+        self.app("tasks", """
+from celery import Celery, signals
+
+app = Celery("tasks", broker="redis+socket://%s")
+app.conf.worker_hijack_root_logger = False
+
+@app.task
+def handle(number):
+    work(number)
+
+""" % self.redis + recipe("Celery"))
+        self.check("import tasks\nfor n in range(%d): tasks.handle.delay(n)" % self.COUNT,
+                   PYTHON, "-m", "celery", "-A", "tasks", "worker", "--concurrency", "4")
+
+    def test_rq(self):
+        self.app("work_of_jobs", "")
+        self.app("workers", "import rq\n" + recipe("RQ"))
+        self.check("""
+import redis, rq, work_of_jobs
+queue = rq.Queue(connection=redis.Redis(unix_socket_path=%r))
+for n in range(%d): queue.enqueue(work_of_jobs.work, n)
+""" % (self.redis, self.COUNT), os.path.join(FRAMEWORKS, "bin", "rq"), "worker",
+                   "--url", "unix://" + self.redis, "--worker-class", "workers.Counted")
+
+    def test_dramatiq(self):
+        self.app("actors", """
+import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+
+broker = RedisBroker(url="unix://%s")
+
+""" % self.redis + recipe("Dramatiq") + """
+broker.add_middleware(Counted())
+dramatiq.set_broker(broker)
+
+@dramatiq.actor
+def handle(number):
+    work(number)
+""")
+        self.check("import actors\nfor n in range(%d): actors.handle.send(n)" % self.COUNT,
+                   PYTHON, "-m", "dramatiq", "actors", "--processes", "2", "--threads", "2")
+
+
+@needs_frameworks
+class TestServers(Frameworks, Case):
+    """HTTP servers that are pushed to: a request that was sent and not answered is lost."""
+
+    def check(self, port, *command):
+        sidecar = self.under_run(*command)
+        stopped, answered, lost = threading.Event(), [], []
+
+        def ask(number):
+            while not stopped.is_set():
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                try:
+                    connection.connect()
+                except OSError:                     # it does not listen yet
+                    time.sleep(0.05)
+                    continue
+                try:
+                    name = str(random.randrange(10 ** 9))
+                    connection.request("GET", "/" + name)
+                    self.assertEqual(connection.getresponse().read().decode(), name)
+                    answered.append(time.monotonic())
+                except Exception as error:
+                    lost.append(repr(error))
+                finally:
+                    connection.close()
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        self.addCleanup(stopped.set)
+        until(lambda: answered, "the first answer")
+        self.hang(sidecar, at_least=5)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        began = time.monotonic()
+        until(lambda: len([when for when in answered if when > began]) >= 8, "answers in a drain")
+        stopped.set()                               # the pod is out of its service's endpoints
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(lost, [])
+        self.assertEqual(sidecar.wait(), 0, sidecar.log)
+        sidecar.wait_for("drain completed active_requests=0")
+
+    @staticmethod
+    def free_port():
+        import socket
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            return one.getsockname()[1]
+
+    def test_fastapi(self):
+        self.save("web.py", PRELUDE + """
+from fastapi import FastAPI, Response
+
+app = FastAPI()
+
+@app.get("/{number}")
+async def handle(number: int):
+    await work_in_loop(number)
+    return Response(str(number))
+
+""" + recipe("FastAPI"))
+        port = self.free_port()
+        self.check(port, PYTHON, "-m", "uvicorn", "web:app", "--port", str(port),
+                   "--log-level", "warning")
+
+    def test_flask_under_gunicorn(self):
+        self.save("web.py", PRELUDE + """
+from flask import Flask
+
+app = Flask("web")
+
+@app.get("/<int:number>")
+def handle(number):
+    work(number)
+    return str(number)
+
+""" + recipe("Flask"))
+        port = self.free_port()
+        self.check(port, PYTHON, "-m", "gunicorn", "--bind", "127.0.0.1:%d" % port,
+                   "--workers", "2", "--threads", "2", "--preload", "web:app")
+
+
+@needs_frameworks
+@needs_kafka
+class TestConsumers(Frameworks, KafkaCase):
+    """Kafka: what is committed and not done is lost."""
+    COUNT = 300
+
+    @classmethod
+    def setUpClass(cls):
+        cls.use(KafkaNode())
+
+    def check(self, *command):
+        self.topics(incoming=1)
+        self.write([dict(value=str(number)) for number in range(self.COUNT)])
+        sidecar = self.under_run(*command, BROKERS=self.brokers, TOPIC=self.incoming,
+                                 GROUP=self.group)
+        self.hang(sidecar, at_least=5)
+        did = self.drain(sidecar)
+        committed = self.COUNT - self.lag(1)
+        self.assertEqual(did, set(range(committed)))
+        self.assertLess(committed, self.COUNT)
+
+    def test_confluent_kafka(self):
+        self.check(PYTHON, self.save("consumer.py", PRELUDE + """
+from confluent_kafka import Consumer
+
+def handle(message):
+    work(int(message.value()))
+
+consumer = Consumer({"bootstrap.servers": os.environ["BROKERS"], "group.id": os.environ["GROUP"],
+                     "enable.auto.commit": False, "auto.offset.reset": "earliest"})
+consumer.subscribe([os.environ["TOPIC"]])
+
+""" + recipe("confluent-kafka")))
+
+    def test_aiokafka(self):
+        self.check(PYTHON, self.save("consumer.py", PRELUDE + """
+from aiokafka import AIOKafkaConsumer
+
+async def handle(message):
+    await work_in_loop(int(message.value))
+
+async def main():
+    consumer = AIOKafkaConsumer(
+        os.environ["TOPIC"], bootstrap_servers=os.environ["BROKERS"],
+        group_id=os.environ["GROUP"], enable_auto_commit=False, auto_offset_reset="earliest")
+    await consumer.start()
+""" + "".join("    " + line for line in recipe("aiokafka").splitlines(True)) + """
+asyncio.run(main())
+"""))
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
