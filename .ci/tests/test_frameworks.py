@@ -37,16 +37,18 @@ from sidecar import Sidecar
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
+SECONDS = float(os.environ.get("WORK_SECONDS", "%s"))
+
 def work(number):
     say("took", number)
-    time.sleep(%s)
+    time.sleep(SECONDS)
     say("did", number)
 
 async def work_in_loop(number):
     say("took", number)
-    await asyncio.sleep(%s)
+    await asyncio.sleep(SECONDS)
     say("did", number)
-""" % (HERE, WORK_SECONDS, WORK_SECONDS)
+""" % (HERE, WORK_SECONDS)
 
 
 def needs_frameworks(thing):
@@ -249,6 +251,7 @@ def handle(number):
                    PYTHON, "-m", "celery", "-A", "tasks", "worker", "--concurrency", "4")
 
     def test_rq(self):
+        self.COUNT = 50         # it works on one at a time, and forks for each
         self.app("work_of_jobs", "")
         self.app("workers", "import rq\n" + recipe("RQ"))
         self.check("""
