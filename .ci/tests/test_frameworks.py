@@ -5,21 +5,20 @@ lost, frozen or left counted. The frameworks are in a virtual environment of the
 versions of common packages differ: .ci/cache/frameworks.
 """
 import http.client
-import json
+import io
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import unittest
 
-from support import CACHE, HERE, PATIENCE, Case, installed, needs, readme_blocks, until, version_of
-from test_kafka import KafkaCase, KafkaNode, needs_kafka, wait_for_kafka
+from support import CACHE, HERE, PATIENCE, Case, needs, readme_blocks, until, version_of
+from test_kafka import KafkaCase, KafkaNode, needs_kafka
 from test_telegram import BotAPI, BotAPIHandler
 
 FRAMEWORKS = os.path.join(CACHE, "frameworks")
@@ -55,6 +54,23 @@ def needs_frameworks(thing):
     return needs("the frameworks' environment", os.path.exists(PYTHON))(thing)
 
 
+def needs_node(thing):
+    node = os.path.exists(os.path.join(FRAMEWORKS, "node_modules", "grammy"))
+    return needs("grammY, kafkajs", node and version_of(["node", "--version"]) >= (18, 0))(thing)
+
+
+def module_folder(name):
+    """Return where Go keeps a module that was downloaded."""
+    try:
+        cache = subprocess.run(["go", "env", "GOMODCACHE"], stdout=subprocess.PIPE).stdout
+    except OSError:
+        return ""
+    return os.path.join(cache.decode().strip(), name)
+
+
+TELEBOT = module_folder("gopkg.in/telebot.v3@v3.3.8")
+
+
 def needs_redis(thing):
     return needs("redis-server", shutil.which("redis-server"))(needs_frameworks(thing))
 
@@ -84,6 +100,19 @@ class Frameworks:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
         return path
+
+    def node_worker(self, text):
+        """Return the command of a worker beside README's client for Node.js."""
+        os.symlink(os.path.join(FRAMEWORKS, "node_modules"),
+                   os.path.join(self.folder, "node_modules"))
+        self.save("sidecar.mjs", readme_blocks("js")[0])
+        return "node", self.save("worker.mjs", """
+async function work(number) {
+  console.log("took", number);
+  await new Promise((resolve) => setTimeout(resolve, %d));
+  console.log("did", number);
+}
+""" % (1000 * WORK_SECONDS) + text)
 
     def under_run(self, *command, **env):
         return self.sidecar("run", "--", "env", "--chdir=" + self.folder, *command,
@@ -149,6 +178,17 @@ class Bots(BotAPI):
 
 
 class BotsHandler(BotAPIHandler):
+    def do_POST(self):
+        connection, length = self.rfile, int(self.headers.get("Content-Length", 0))
+        body = connection.read(length)
+        self.rfile = io.BytesIO(b"{}  " if body == b"null\n" or body == b"null" else body)
+        try:
+            super().do_POST()
+        finally:
+            self.rfile = connection
+
+    do_GET = do_POST
+
     def act(self, method, params):
         if method in ("deletewebhook", "setmycommands", "logout", "close"):
             return self.answer(200, {"ok": True, "result": True})
@@ -205,6 +245,57 @@ application = builder.application_class(Counted).build()
 application.add_handler(MessageHandler(filters.TEXT, handle))
 asyncio.run(main())
 """))
+
+    @needs_node
+    def test_grammy(self):
+        self.check(*self.node_worker("""
+import { Bot } from "grammy";
+import { draining, track } from "./sidecar.mjs";
+
+const bot = new Bot(process.env.TOKEN, { client: { apiRoot: process.env.API } });
+""" + recipe("grammY").replace("await bot.start", """
+bot.on("message", (ctx) => work(ctx.message.text.slice(1)));
+await bot.start""")))
+
+    @needs("telebot", os.path.isdir(TELEBOT))
+    def test_telebot(self):
+        self.save("go.mod", "module worker\n\ngo 1.19\n\nrequire gopkg.in/telebot.v3 v3.3.8\n")
+        self.save("sidecar.go", readme_blocks("go")[0])
+        self.save("main.go", """package main
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	tele "gopkg.in/telebot.v3"
+)
+
+func main() {
+	bot, err := tele.NewBot(tele.Settings{URL: os.Getenv("API"), Token: os.Getenv("TOKEN"),
+		Poller: &tele.LongPoller{Timeout: time.Second}})
+	if err != nil {
+		log.Fatal(err)
+	}
+""" + recipe("telebot").replace("bot.Start()", """
+	bot.Handle(tele.OnText, func(c tele.Context) error {
+		fmt.Println("took", c.Text()[1:])
+		time.Sleep(%d * time.Millisecond)
+		fmt.Println("did", c.Text()[1:])
+		return nil
+	})
+	bot.Start()""" % (1000 * WORK_SECONDS)) + "}\n")
+        done = subprocess.run(["go", "build", "-o", "worker", "."], cwd=self.folder,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=dict(os.environ, GOFLAGS="-mod=mod", GOTOOLCHAIN="local",
+                                       GOWORK="off"))
+        self.assertEqual(done.returncode, 0, done.stdout.decode())
+        self.check(os.path.join(self.folder, "worker"))
 
 
 @needs_redis
@@ -363,7 +454,6 @@ def handle(number):
                    "--workers", "2", "--threads", "2", "--preload", "web:app", status=0)
 
 
-@needs_frameworks
 @needs_kafka
 class TestConsumers(Frameworks, KafkaCase):
     """Kafka: what is committed and not done is lost."""
@@ -384,6 +474,7 @@ class TestConsumers(Frameworks, KafkaCase):
         self.assertEqual(did, set(range(committed)))
         self.assertLess(committed, self.COUNT)
 
+    @needs_frameworks
     def test_confluent_kafka(self):
         self.check(PYTHON, self.save("consumer.py", PRELUDE + """
 from confluent_kafka import Consumer
@@ -397,6 +488,20 @@ consumer.subscribe([os.environ["TOPIC"]])
 
 """ + recipe("confluent-kafka")))
 
+    @needs_node
+    def test_kafkajs(self):
+        self.check(*self.node_worker("""
+import { Kafka, logLevel } from "kafkajs";
+import { draining, track } from "./sidecar.mjs";
+
+const handle = (message) => work(message.value.toString());
+const kafka = new Kafka({ brokers: [process.env.BROKERS], logLevel: logLevel.ERROR });
+const consumer = kafka.consumer({ groupId: process.env.GROUP });
+await consumer.connect();
+await consumer.subscribe({ topic: process.env.TOPIC, fromBeginning: true });
+""" + recipe("kafkajs")))
+
+    @needs_frameworks
     def test_aiokafka(self):
         self.check(PYTHON, self.save("consumer.py", PRELUDE + """
 from aiokafka import AIOKafkaConsumer
