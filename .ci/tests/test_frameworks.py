@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -114,6 +115,15 @@ async function work(number) {
 }
 """ % (1000 * WORK_SECONDS) + text)
 
+    def go_worker(self):
+        """Build the folder's Go files; return the program's path."""
+        done = subprocess.run(["go", "build", "-o", "worker", "."], cwd=self.folder,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=dict(os.environ, GOFLAGS="-mod=mod", GOTOOLCHAIN="local",
+                                       GOWORK="off"))
+        self.assertEqual(done.returncode, 0, done.stdout.decode())
+        return os.path.join(self.folder, "worker")
+
     def under_run(self, *command, **env):
         return self.sidecar("run", "--", "env", "--chdir=" + self.folder, *command,
                             **dict(dict(GRACE_PERIOD_SECONDS=GRACE_SECONDS), **env))
@@ -190,6 +200,7 @@ class BotsHandler(BotAPIHandler):
     do_GET = do_POST
 
     def act(self, method, params):
+        params = {name: value for name, value in params.items() if value != "null"}
         if method in ("deletewebhook", "setmycommands", "logout", "close"):
             return self.answer(200, {"ok": True, "result": True})
         return super().act(method, params)
@@ -290,12 +301,161 @@ func main() {
 		return nil
 	})
 	bot.Start()""" % (1000 * WORK_SECONDS)) + "}\n")
-        done = subprocess.run(["go", "build", "-o", "worker", "."], cwd=self.folder,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env=dict(os.environ, GOFLAGS="-mod=mod", GOTOOLCHAIN="local",
-                                       GOWORK="off"))
-        self.assertEqual(done.returncode, 0, done.stdout.decode())
-        self.check(os.path.join(self.folder, "worker"))
+        self.check(self.go_worker())
+
+
+class TestPlainLoop(Frameworks, Case):
+    """README's first loop, without a handler for SIGTERM: its starts are held in a drain."""
+
+    def check(self, threads):
+        setup, for_, loop = readme_blocks("py")[0].partition("for message")
+        sidecar = self.under_run(sys.executable, self.save("worker.py", PRELUDE + """
+import itertools
+
+class Consumer:
+    numbers = itertools.count()
+
+    def __iter__(self):
+        return self.numbers
+
+    def commit(self):
+        pass
+
+consumer, handle = Consumer(), work
+""" + setup + """
+loop = compile(%r, "README.md", "exec")
+for _ in range(%d):
+    threading.Thread(target=exec, args=(loop, globals(), {}), daemon=True).start()
+threading.Event().wait()
+""" % (for_ + loop, threads)))
+        self.hang(sidecar, at_least=5)
+        self.drain(sidecar, status=128 + signal.SIGTERM)
+
+    def test_one_thread(self):
+        self.check(1)
+
+    def test_four_threads(self):
+        self.check(4)
+
+
+class TestClientsOfToday(Frameworks, Case):
+    """Workers with a client of their own that know nothing else: no id, no look at `draining`, no
+    handler for SIGTERM."""
+
+    def check(self, *command, **env):
+        sidecar = self.under_run(*command, **env)
+        until(lambda: len(self.did(sidecar)) >= 20, "the first work")
+        until(lambda: sidecar.active() == len(self.numbers(sidecar, "took")) -
+              len(self.numbers(sidecar, "did")) > 0, "a count of what is under way")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait()
+        sidecar.wait_for("drain completed active_requests=0")
+        took, did = self.numbers(sidecar, "took"), self.numbers(sidecar, "did")
+        self.assertEqual(sorted(took), sorted(did), sidecar.log)
+
+    @needs_frameworks
+    def test_python_with_requests(self):
+        self.check(PYTHON, self.save("worker.py", PRELUDE + """
+import itertools
+import requests
+
+SIDECAR_URL = os.environ["SIDECAR_URL"]
+numbers = itertools.count()
+
+def process():
+    try:
+        requests.post(f"{SIDECAR_URL}/start-request", timeout=1)
+    except requests.RequestException:
+        pass
+    start = time.time()
+    try:
+        work(next(numbers))
+    finally:
+        try:
+            requests.post(f"{SIDECAR_URL}/end-request?duration={time.time() - start}s", timeout=1)
+        except requests.RequestException:
+            pass
+
+def loop():
+    while True:
+        process()
+
+for _ in range(3):
+    threading.Thread(target=loop, daemon=True).start()
+loop()
+"""))
+
+    @needs_node
+    def test_node_with_axios(self):
+        self.check(*self.node_worker("""
+import axios from "axios";
+
+const sidecar = process.env.SIDECAR_URL;
+let number = 0;
+
+async function processMessage() {
+  const start = Date.now();
+  await axios.post(`${sidecar}/start-request`).catch(() => {});
+  try {
+    await work(number++);
+  } finally {
+    const duration = (Date.now() - start) / 1000;
+    await axios.post(`${sidecar}/end-request?duration=${duration}s`).catch(() => {});
+  }
+}
+
+async function loop() {
+  for (;;) await processMessage();
+}
+
+await Promise.all([loop(), loop(), loop(), loop()]);
+"""))
+
+    @needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
+    def test_go_with_http_post(self):
+        self.save("go.mod", "module worker\n\ngo 1.19\n")
+        self.save("main.go", """package main
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"sync/atomic"
+	"time"
+)
+
+var sidecar = os.Getenv("SIDECAR_URL")
+
+func reportEnd(duration time.Duration) {
+	http.Post(sidecar+"/end-request?duration="+duration.String(), "application/json", nil)
+}
+
+var number atomic.Int64
+
+func process() {
+	http.Post(sidecar+"/start-request", "application/json", nil)
+	start := time.Now()
+	defer func() { reportEnd(time.Since(start)) }()
+	message := number.Add(1)
+	fmt.Println("took", message)
+	time.Sleep(%d * time.Millisecond)
+	fmt.Println("did", message)
+}
+
+func loop() {
+	for {
+		process()
+	}
+}
+
+func main() {
+	for i := 0; i < 3; i++ {
+		go loop()
+	}
+	loop()
+}
+""" % (1000 * WORK_SECONDS))
+        self.check(self.go_worker())
 
 
 @needs_redis
