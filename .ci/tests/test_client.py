@@ -312,7 +312,7 @@ assert not {"asyncio", "typing", "http.client"} & (set(sys.modules) - BEFORE), s
 print("fine")
 """.replace("BEFORE", "set(%r)" % ["http.client", "typing"])))
 
-    def test_a_worker_in_threads_never_imports_asyncio(self):
+    def test_a_worker_in_threads_imports_nothing_later(self):
         server = self.server()
         self.run_python("""
 import sys, sidecar
@@ -322,6 +322,8 @@ with client.track():
     pass
 client.close()
 assert "asyncio" not in sys.modules
+# A child that is forked in the middle of a first import waits for its lock for ever.
+assert "encodings.idna" not in sys.modules
 """, server.url)
         self.assertEqual(len(server.heard("/(start|end)-request")), 2)
 

@@ -24,6 +24,8 @@ from test_telegram import BotAPI, BotAPIHandler
 
 FRAMEWORKS = os.path.join(CACHE, "frameworks")
 PYTHON = os.path.join(FRAMEWORKS, "bin", "python")
+WORKERS = os.path.join(HERE, ".ci", "tests", "workers")
+RUST_WORKER = os.path.join(CACHE, "rust", "debug", "worker")
 HUNG_SECONDS = 5.0
 WORK_SECONDS = 0.2      # of a message
 GRACE_SECONDS = 60
@@ -456,6 +458,48 @@ func main() {
 }
 """ % (1000 * WORK_SECONDS))
         self.check(self.go_worker())
+
+
+class TestOtherLanguages(Frameworks, Case):
+    """HTTP clients as they come: an upgrade to HTTP/2, Expect, and connections that were closed
+    while they were idle."""
+    IDLE_SECONDS = 0.5      # 60 where nobody waits for it
+
+    def counts(self, *command):
+        sidecar = self.sidecar(constants={"IDLE_SECONDS": self.IDLE_SECONDS})
+        worker = self.program(*command, env={"SIDECAR_URL": sidecar.url,
+                                             "PAUSE_SECONDS": 3 * self.IDLE_SECONDS})
+        self.assertEqual(worker.wait(), 0, worker.log)
+        self.assertEqual(self.numbers(worker, "did"), [0, 1, 2])
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 3)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
+        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"),
+                                9 * self.IDLE_SECONDS)
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+
+    @needs("a JDK", shutil.which("javac"))
+    def test_java(self):
+        self.counts("java", os.path.join(WORKERS, "Worker.java"))
+
+    @needs("ureq", os.path.exists(RUST_WORKER))
+    def test_rust(self):
+        self.counts(RUST_WORKER)
+
+    @needs("curl", shutil.which("curl"))
+    def test_curl_as_readme_has_it(self):
+        sidecar = self.sidecar()
+        code, = readme_blocks("sh")[:1]
+        self.assertEqual(code.count("-X POST"), 2)
+        start, end = code.replace("http://127.0.0.1:8081", sidecar.url).splitlines()
+        for command, active in ((start, 1), (end, 0)):
+            for odd in ("", " --data-raw '' --header 'Expect: 100-continue'", " --http2"):
+                done = subprocess.run(["sh", "-ec", command + " --fail --no-progress-meter" + odd],
+                                      env=dict(os.environ, ID="7"), stdout=subprocess.PIPE)
+                self.assertEqual(done.returncode, 0)
+                self.assertIn('"active_requests": %d' % active, done.stdout.decode())
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 1)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 1.2)
 
 
 @needs_redis
