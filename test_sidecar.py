@@ -32,7 +32,7 @@ import time
 import types
 import unittest
 
-import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one.
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Seconds after which a wait for an event has failed, whatever the machine; nothing waits it out.
@@ -40,12 +40,16 @@ PATIENCE = 60
 
 
 class Program:
-    """A process under test: its standard error (and output, where not asked for apart) line by
-    line, its end."""
+    """A process under test: its output line by line, and its end.
+
+    The lines are those of standard error, and of standard output where that is not asked for apart.
+    """
 
     def __init__(self, *argv, **options):
-        """argv: the command; env: variables to add (None takes one away); the rest goes to
-        Popen."""
+        """argv: the command; env: variables to add, or to take away with None.
+
+        The other options are Popen's.
+        """
         env = dict(os.environ, PYTHONUNBUFFERED="1")
         for name, value in options.pop("env", {}).items():
             if value is None:
@@ -74,8 +78,10 @@ class Program:
         return "\n".join(self.lines)
 
     def wait_for(self, pattern, after=0, timeout=PATIENCE):
-        """Return the match of `pattern` in the first line from number `after` on that has one, as
-        soon as it is there."""
+        """Return the match of `pattern` in the first line that has one, as soon as it is there.
+
+        The lines are those from number `after` on.
+        """
         def found():
             return next((match for match in (re.search(pattern, line)
                                              for line in self.lines[after:]) if match), None)
@@ -107,13 +113,16 @@ class Program:
 
 
 class SidecarProcess(Program):
-    """A running sidecar.py on free ports of loopback. Any other keyword is a variable of its
-    environment.
+    """A running sidecar.py on free ports of loopback.
+
+    Any other keyword is a variable of its environment.
 
     `constants` are module constants with other values, so that a test need not wait for as long as
     a user would. `launcher` is what stands in front of the command, such as unshare and its
     options.
     """
+
+    source = None           # the (address, port) that `call` calls from
 
     def __init__(self, *argv, constants=None, launcher=(), **env):
         settings = dict(SIDECAR_HOST="127.0.0.1", SIDECAR_PORT=0, METRICS_PORT=0, SIDECAR_URL=None)
@@ -136,7 +145,7 @@ class SidecarProcess(Program):
     def call(self, method, path, body=None, headers=None, port=None):
         """Ask over a connection of its own; return (status, JSON or text)."""
         connection = http.client.HTTPConnection(self.host.strip("[]"), port or self.port,
-                                                timeout=PATIENCE)
+                                                timeout=PATIENCE, source_address=self.source)
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
@@ -153,10 +162,9 @@ class SidecarProcess(Program):
         connection.sendall(data)
         return connection
 
-    def answers(self, data):
-        """Send bytes, read to the end of the connection; return [(status, headers, body), ...] of
-        the answers."""
-        with self.raw(data) as connection:
+    def answers(self, data, port=None):
+        """Send bytes, and read to the end; return the answers: [(status, headers, body), ...]."""
+        with self.raw(data, port) as connection:
             received = b"".join(iter(lambda: connection.recv(65536), b""))
         found = []
         while received:
@@ -173,8 +181,7 @@ class SidecarProcess(Program):
         return self.get("/metrics")[1]["active_requests"]
 
     def sample(self, name):
-        """Return the value of one sample of the Prometheus port; `name` with its labels as they
-        stand there."""
+        """Return the value of a sample of the Prometheus port; `name` is with its labels."""
         pattern = "^%s (.*)$" % re.escape(name)
         return float(re.search(pattern, self.prometheus(), re.MULTILINE).group(1))
 
@@ -204,8 +211,10 @@ class Case(unittest.TestCase):
 
 
 def in_threads(count, function):
-    """Run function(0), function(1), ... at once; return what they return, in order. An exception is
-    raised here."""
+    """Run function(0), function(1), ... at once; return what they return, in order.
+
+    An exception of one is raised here.
+    """
     results = [None] * count
 
     def run(number):
@@ -249,25 +258,6 @@ class FakeTime:
 
     def time(self):
         return self.now + 1.6e9
-
-
-class ScriptedCondition(threading.Condition().__class__):
-    """A Condition whose wait() lets the test do what other threads would do, until it is notified
-    or its time is over."""
-
-    def __init__(self, meanwhile):
-        super().__init__()
-        self.meanwhile, self.waiting = meanwhile, []
-
-    def wait(self, timeout=None):
-        waiter = types.SimpleNamespace(notified=False)
-        self.waiting.append(waiter)
-        self.meanwhile(waiter, timeout)
-        self.waiting.pop()                        # calls within calls: the last in is the first out
-
-    def notify_all(self):
-        for waiter in self.waiting:
-            waiter.notified = True
 
 
 class Clockwork(unittest.TestCase):
@@ -675,6 +665,86 @@ class TestHeldStarts(Clockwork):
         self.assertNotIn("slot1:a", self.active)
 
 
+def documented_endpoints():
+    """Return {path: (methods, is it only for those who may change what is counted?)}.
+
+    That is what the docstring of sidecar.py says; TestTables holds the program against it.
+    """
+    text = sidecar_module.__doc__.partition("\nEndpoints")[2].partition("\nOn METRICS_PORT")[0]
+    found = {}
+    for entry in re.split(r"^(?=    [* ] [A-Z]+ +/)", text, flags=re.MULTILINE)[1:]:
+        star, method, path = re.match(r"    ([* ]) ([A-Z]+) +(\S+)", entry).groups()
+        found[path] = {method, *re.findall("([A-Z]+) does the same", entry)}, star == "*"
+    return found
+
+
+ENDPOINTS = documented_endpoints()
+
+
+class TestManyRequests(unittest.TestCase):
+    """What the tracker does with very many of them."""
+
+    def test_a_start_need_not_wait_for_the_end_of_a_reset(self):
+        silent = logging.NullHandler()
+        sidecar_module.log.addHandler(silent)
+        self.addCleanup(sidecar_module.log.removeHandler, silent)
+        tracker = sidecar_module.RequestTracker()
+        count = 50000
+        for _ in range(count):
+            tracker.start()
+        given_up = []
+        resetting = threading.Thread(target=lambda: given_up.append(tracker.reset()))
+        resetting.start()
+        until(lambda: tracker.snapshot()["expired_requests"])
+        tracker.start("meanwhile")
+        self.assertLess(tracker.snapshot()["expired_requests"], count)      # it still goes on
+        resetting.join(PATIENCE)
+        self.assertEqual(given_up, [count])
+        self.assertEqual([name for name, _ in tracker.active_requests()], ["meanwhile"])
+
+    def test_the_log_names_some_of_them(self):
+        lines = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append((record.msg, record.args))
+        sidecar_module.log.addHandler(handler)
+        self.addCleanup(sidecar_module.log.removeHandler, handler)
+        tracker = sidecar_module.RequestTracker(grace_period_seconds=0.0)
+        for _ in range(sidecar_module.MAX_NAMED + 7):
+            tracker.start()
+        tracker.begin_drain()
+        tracker.reset()
+        events = collections.Counter(event for event, _ in lines)
+        self.assertEqual(events["request given up"], sidecar_module.MAX_NAMED)
+        self.assertEqual(events["still active"], sidecar_module.MAX_NAMED)
+        self.assertIn(("more requests given up", {"requests": 7}), lines)
+
+
+class TestDurationHint(Case):
+    """A worker whose durations cannot be true is told so once."""
+
+    def ends(self, sidecar, *durations):
+        """Each of a request that took 0.1 s and more, as the sidecar saw it."""
+        for number, _ in enumerate(durations):
+            sidecar.post("/start-request?id=%d" % number)
+        until(lambda: sidecar.get("/requests")[1][-1]["age_seconds"] > 0.1)
+        for number, duration in enumerate(durations):
+            sidecar.post("/end-request?id=%d%s" % (number, duration and "&duration=" + duration))
+
+    def test_gos_defer_that_takes_the_time_before_the_work(self):
+        sidecar = self.sidecar()
+        self.ends(sidecar, *["87ns"] * 9, "60ms", *["87ns"] * 9, "")        # no ten in a row
+        self.ends(sidecar, *["0.2s"] * 10)
+        for _ in range(12):                                     # and what was short was soon over
+            sidecar.post("/start-request?id=a")
+            sidecar.post("/end-request?id=a&duration=87ns")
+        self.ends(sidecar, "100ms")
+        self.assertNotIn("durations are too short", sidecar.log)
+        self.ends(sidecar, *["87ns"] * 10)
+        sidecar.wait_for("WARNING durations are too short duration_seconds=.* hint=.*defer")
+        self.ends(sidecar, *["87ns"] * 30)
+        self.assertEqual(sidecar.log.count("durations are too short"), 1)
+
+
 class TestCounting(Case):
     """POST /start-request, POST /end-request, GET /metrics and GET /requests."""
 
@@ -837,7 +907,7 @@ class TestDurations(Case):
     def test_a_raw_micro_sign_is_understood(self):
         sidecar = self.sidecar()
         sidecar.post("/start-request")
-        request = "POST /end-request?duration=150µs HTTP/1.1\r\nConnection: close\r\n\r\n"
+        request = "POST /end-request?duration=150µs HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         self.assertEqual(sidecar.answers(request.encode())[0][0], 200)
         self.assertAlmostEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 150e-6)
 
@@ -866,7 +936,8 @@ class TestDrain(Case):
     def test_sigterm_waits_for_the_last_request(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             # Only an end wakes it.
-            sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})
+            sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h",
+                                   constants={"REPORT_SECONDS": 3600, "LOOK_SECONDS": 3600})
             sidecar.post("/start-request?id=a")
             sidecar.post("/start-request?id=b")
             sidecar.signal(number)
@@ -939,7 +1010,8 @@ class TestDrain(Case):
         self.assertGreaterEqual(time.monotonic() - began, 0.3)
 
     def test_every_caller_of_drain_gets_the_answer(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h",
+                               constants={"REPORT_SECONDS": 3600, "LOOK_SECONDS": 3600})
         sidecar.post("/start-request?id=a")
         with_answers = []
 
@@ -968,8 +1040,8 @@ class TestDrain(Case):
     def test_those_who_wait_at_sigterm_get_their_answer_before_the_exit(self):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request?id=a")
-        callers = [sidecar.raw(b"GET /drain HTTP/1.1\r\n\r\n") for _ in range(4)]
-        sidecar.get("/health")          # was accepted after them
+        callers = [sidecar.raw(b"GET /drain HTTP/1.1\r\nHost: a\r\n\r\n") for _ in range(4)]
+        sidecar.get("/health")          # Was accepted after them.
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("INFO signal")
         sidecar.post("/end-request?id=a")
@@ -981,7 +1053,7 @@ class TestDrain(Case):
     def test_idle_connections_do_not_delay_the_exit_nor_lose_the_last_answer(self):
         for _ in range(5):
             sidecar = self.sidecar()
-            idle = [sidecar.raw(b"GET /health HTTP/1.1\r\n\r\n") for _ in range(20)]
+            idle = [sidecar.raw(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n") for _ in range(20)]
             sidecar.post("/start-request")
             sidecar.signal(signal.SIGTERM)
             sidecar.wait_for("drain started")
@@ -994,7 +1066,7 @@ class TestDrain(Case):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.5)
         sidecar.post("/start-request?id=a")
         self.assertEqual(sidecar.get("/drain")[0], 503)
-        sidecar.signal(signal.SIGTERM)                  # its grace period is over: no second one
+        sidecar.signal(signal.SIGTERM)                  # Its grace period is over: no second one.
         self.assertEqual(sidecar.wait(), 1)
         sidecar.wait_for("still active request_id=a")
 
@@ -1009,7 +1081,7 @@ class TestDrain(Case):
         sidecar.wait_for("serving again")
         self.assertEqual(sidecar.get("/ready")[0], 200)
         self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], False)
-        sidecar.signal(signal.SIGTERM)                  # and the next drain waits again
+        sidecar.signal(signal.SIGTERM)                  # And the next drain waits again.
         sidecar.wait_for("drain started active_requests=1")
         sidecar.post("/end-request?id=b")
         self.assertEqual(sidecar.wait(), 0)
@@ -1017,7 +1089,7 @@ class TestDrain(Case):
     def test_callers_of_a_drain_that_is_undone_are_told(self):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request")
-        with sidecar.raw(b"GET /drain HTTP/1.1\r\nConnection: close\r\n\r\n") as caller:
+        with sidecar.raw(b"GET /drain HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n") as caller:
             sidecar.wait_for("drain started")
             sidecar.post("/reset")
             answer = b"".join(iter(lambda: caller.recv(65536), b"")).decode()
@@ -1037,7 +1109,7 @@ class TestDrain(Case):
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGTERM)
-        self.assertEqual(sidecar.get("/ready")[0], 503)     # it is still there
+        self.assertEqual(sidecar.get("/ready")[0], 503)     # It is still there.
         sidecar.post("/end-request")
         self.assertEqual(sidecar.wait(), 0)
         self.assertNotIn("second signal", sidecar.log)
@@ -1184,7 +1256,7 @@ class TestHolding(Case):
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 128 + signal.SIGTERM)
         sidecar.wait_for("drain completed active_requests=0 held_starts=[01] ")
-        self.assertNotIn("request given up", sidecar.log)
+        self.assertNotIn("WARNING request given up", sidecar.log)    # of one that was answered
 
     def test_run_lets_a_worker_go_on_that_ends_in_its_own_way(self):
         """It has a handler for SIGTERM, and first does what it has taken."""
@@ -1209,9 +1281,9 @@ class TestEndpoints(Case):
 
     def test_head_works_wherever_get_does(self):
         sidecar = self.sidecar()
-        for path in ("/metrics", "/requests", "/health", "/ready"):
+        for path in [path for path, (methods, star) in ENDPOINTS.items() if not star]:
             with_body, without = sidecar.answers(
-                ("GET %s HTTP/1.1\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
+                ("GET %s HTTP/1.1\r\nHost: a\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
             self.assertEqual((with_body[0], without[0]), (200, 200), path)
             self.assertTrue(with_body[2])
             self.assertEqual(without[2], "")
@@ -1231,15 +1303,12 @@ class TestEndpoints(Case):
 
     def test_wrong_methods_are_405_with_allow(self):
         sidecar = self.sidecar()
-        for method, path, allow in (("GET", "/start-request", "POST"),
-                                    ("PUT", "/end-request", "POST"),
-                                    ("POST", "/metrics", "GET, HEAD"),
-                                    ("DELETE", "/drain", "GET, POST, HEAD"),
-                                    ("OPTIONS", "/health", "GET, HEAD"),
-                                    ("POST", "/ready", "GET, HEAD")):
-            answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
-            self.assertEqual((answer[0], answer[1]["allow"]), (405, allow))
-            self.assertIn("error", json.loads(answer[2]))
+        for path, (methods, _) in ENDPOINTS.items():
+            allow = ", ".join(sorted(methods) + ["HEAD"] * ("GET" in methods))
+            for method in {"GET", "POST", "PUT", "DELETE", "OPTIONS", "BREW"} - methods:
+                answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
+                self.assertEqual((answer[0], answer[1]["allow"]), (405, allow), (method, path))
+                self.assertIn("error", json.loads(answer[2]))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
         self.assertEqual(sidecar.call("POST", "/metrics", port=sidecar.metrics_port)[0], 405)
 
@@ -1291,18 +1360,18 @@ class TestHostileClients(Case):
         for head in (b"GET", b"GET /health", b"GET /health HTTP/2.0", b"GET /health HTTP/1.1 x",
                      b"GET  /health HTTP/1.1", b"GET health HTTP/1.1", b"G@T /health HTTP/1.1",
                      b"\x16\x03\x01\x02\x00\x01\x00", b"GET /\x00 HTTP/1.1",
-                     b"GET /health HTTP/1.1\r\nno colon", b"GET /health HTTP/1.1\r\n: empty",
-                     b"GET /health HTTP/1.1\r\nspace : x",
-                     b"GET /health HTTP/1.1\r\nA: x\r\n folded", b"GET /health HTTP/1.1\r\nA: \x00",
-                     b"GET /health HTTP/1.1\r\nA: a\rb"):
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nno colon", b"GET /health HTTP/1.1\r\nHost: a\r\n: empty",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nspace : x",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nA: x\r\n folded", b"GET /health HTTP/1.1\r\nHost: a\r\nA: \x00",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nA: a\rb"):
             self.assertEqual(self.statuses(head + b"\r\n\r\n"), [400], head)
 
     def test_over_long_heads_are_414_and_431(self):
-        self.assertEqual(self.statuses(b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n"), [414])
+        self.assertEqual(self.statuses(b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n"), [414])
         self.assertEqual(self.statuses(b"GET /" + b"x" * 100000), [414])
-        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nA: " + b"x" * 20000 + b"\r\n\r\n"),
+        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"x" * 20000 + b"\r\n\r\n"),
                          [431])
-        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\n" + b"A: x\r\n" * 20000 + b"\r\n"),
+        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: x\r\n" * 20000 + b"\r\n"),
                          [431])
         self.assertEqual(self.statuses(b"GET /health HTTP/1.0\r\nA: " + b"x" * 8000 + b"\r\n\r\n"),
                          [200])
@@ -1316,11 +1385,11 @@ class TestHostileClients(Case):
                      b"00A;x=y\r\n0123456789\r\n1\r\nx\r\n0\r\nTrailer: x\r\n\r\n"):
             for method, path in ((b"POST", b"/start-request"), (b"GET", b"/health"),
                                  (b"GET", b"/nowhere")):
-                statuses = self.statuses(method + b" " + path + b" HTTP/1.1\r\n" + body + last)
+                statuses = self.statuses(method + b" " + path + b" HTTP/1.1\r\nHost: a\r\n" + body + last)
                 self.assertEqual(statuses, [404 if path == b"/nowhere" else 200, 200], body[:60])
 
     def test_a_body_that_is_too_long_or_malformed_closes_the_connection(self):
-        after = b"GET /health HTTP/1.1\r\n\r\n"
+        after = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
         for fields, expected in ((b"Content-Length: 65537\r\n\r\n" + b"x" * 65537, 413),
                                  (b"Content-Length: 9999999999999999999999\r\n\r\n", 413),
                                  (b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 413),
@@ -1338,14 +1407,14 @@ class TestHostileClients(Case):
                                  (b"Transfer-Encoding: chunked\r\n\r\n10001\r\n" + b"x" * 65537,
                                   413), (b"Transfer-Encoding: chunked\r\n\r\n"
                                          + (b"8000\r\n" + b"x" * 32768 + b"\r\n") * 3, 413)):
-            self.assertEqual(self.statuses(b"POST /start-request HTTP/1.1\r\n" + fields + after),
+            self.assertEqual(self.statuses(b"POST /start-request HTTP/1.1\r\nHost: a\r\n" + fields + after),
                              [expected], fields[:60])
         self.assertEqual(self.target.active(), 0)
         # Sent whole, then read.
         self.assertEqual(self.target.call("POST", "/start-request", b"x" * (8 << 20))[0], 413)
 
     def test_expect_100_continue(self):
-        head = b"POST /start-request HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        head = b"POST /start-request HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
         with self.target.raw(head % 5) as connection:
             self.assertEqual(connection.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
             connection.sendall(b"hello")
@@ -1358,16 +1427,17 @@ class TestHostileClients(Case):
             self.assertEqual(connection.recv(65536), b"")
 
     def test_pipelined_requests_are_answered_in_order(self):
-        requests = (b"GET /health HTTP/1.1\r\n\r\n\r\n"
-                    b"GET /nowhere HTTP/1.1\n\n"
-                    b"POST /start-request HTTP/1.1\r\n\r\n"
-                    b"POST /health HTTP/1.1\r\nConnection: close\r\n\r\n"
-                    b"GET /health HTTP/1.1\r\n\r\n")
+        requests = (b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n\r\n"
+                    b"GET /nowhere HTTP/1.1\nHost: a\n\n"
+                    b"POST /start-request HTTP/1.1\r\nHost: a\r\n\r\n"
+                    b"POST /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+                    b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
         self.assertEqual(self.statuses(requests), [200, 404, 200, 405])
 
     def test_http_1_0_and_connection_close(self):
         for head, keeps in ((b"HTTP/1.0", False), (b"HTTP/1.0\r\nConnection: Keep-Alive", True),
-                            (b"HTTP/1.1", True), (b"HTTP/1.1\r\nConnection: Close", False)):
+                            (b"HTTP/1.1\r\nHost: a", True),
+                            (b"HTTP/1.1\r\nHost: a\r\nConnection: Close", False)):
             data = b"GET /health " + head + b"\r\n\r\n"
             self.assertEqual(self.statuses(data * 2 + b"GET /ready HTTP/1.0\r\n\r\n"),
                              [200] * (3 if keeps else 1), head)
@@ -1375,7 +1445,14 @@ class TestHostileClients(Case):
     def test_absolute_targets(self):
         self.assertEqual(self.statuses(
             b"GET http://sidecar:8081/health HTTP/1.0\r\nHost: sidecar\r\n\r\n"), [200])
-        self.assertEqual(self.statuses(b"OPTIONS * HTTP/1.0\r\n\r\n"), [404])
+        self.assertEqual(self.statuses(b"GET HTTP://sidecar:8081/health HTTP/1.0\r\n\r\n"), [200])
+        self.assertEqual(self.statuses(b"GET http://sidecar?x HTTP/1.0\r\n\r\n"), [200])
+        self.assertEqual(self.statuses(b"GET http:///health HTTP/1.0\r\n\r\n"), [400])
+
+    def test_options_of_the_server_as_a_whole(self):
+        (status, headers, _), = self.target.answers(b"OPTIONS * HTTP/1.0\r\n\r\n")
+        self.assertEqual((status, headers["allow"]), (200, "GET, POST, HEAD"))
+        self.assertEqual(self.statuses(b"GET * HTTP/1.0\r\n\r\n"), [400])
 
     def test_requests_in_single_bytes(self):
         with self.target.raw(b"") as connection:
@@ -1387,24 +1464,24 @@ class TestHostileClients(Case):
 
     def test_a_client_that_stops_in_the_middle_is_let_go(self):
         self.target = self.sidecar(constants={"REQUEST_SECONDS": 0.2})
-        for data in (b"GET /hea", b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe",
-                     b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\n"):
+        for data in (b"GET /hea", b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhe",
+                     b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n"):
             self.assertEqual(self.statuses(data), [408])
         self.assertEqual(self.target.active(), 0)
-        with self.target.raw(b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe"):
+        with self.target.raw(b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhe"):
             pass                                                    # one that is gone in the middle
         self.assertEqual(self.target.active(), 0)
 
     def test_an_idle_connection_is_closed(self):
         self.target = self.sidecar(constants={"IDLE_SECONDS": 0.2})
         self.assertEqual(self.statuses(b""), [])
-        self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\n\r\n"), [200])
-        two = b"GET /health HTTP/1.1\r\nContent-Length: 1\r\n\r\nxGET /ready HTTP/1.1\r\n\r\n"
+        self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"), [200])
+        two = b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nxGET /ready HTTP/1.1\r\nHost: a\r\n\r\n"
         self.assertEqual(self.statuses(two), [200] * 2)
 
     def test_a_client_that_does_not_read_its_answer(self):
         for _ in range(50):
-            self.target.raw(b"POST /start-request HTTP/1.1\r\n\r\n").close()
+            self.target.raw(b"POST /start-request HTTP/1.1\r\nHost: a\r\n\r\n").close()
         until(lambda: self.target.active() == 50)
 
     def test_more_than_512_connections(self):
@@ -1412,26 +1489,20 @@ class TestHostileClients(Case):
         self.addCleanup(lambda: [connection.close() for connection in held])
         for _ in range(512):
             held.append(self.target.raw(b""))
-        # accepted in their order: the next one is the first too many
-        with self.target.raw(b"") as refused:
-            answer = b"".join(iter(lambda: refused.recv(65536), b""))
-        self.assertTrue(answer.startswith(b"HTTP/1.1 503 "), answer)
-        self.assertEqual(json.loads(answer.partition(b"\r\n\r\n")[2].decode()),
-                         {"error": "too many connections"})
+        self.assertEqual(self.target.post("/start-request?id=a")[0], 200)    # the first one goes
+        self.assertEqual(held[0].recv(65536), b"")
         for _ in range(10):                        # and some that are gone before they are accepted
             gone = self.target.raw(b"")
             gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gone.close()
-        held[0].sendall(b"POST /start-request HTTP/1.1\r\n\r\n")
-        self.assertTrue(held[0].recv(65536).startswith(b"HTTP/1.1 200 "))
-        while held:
-            held.pop().close()
-
-        def recovered():
-            with self.target.raw(b"GET /metrics HTTP/1.0\r\n\r\n") as connection:
-                return connection.recv(12) == b"HTTP/1.1 200"
-        until(recovered)
-        self.assertEqual(self.target.active(), 1)
+        held[-1].sendall(b"POST /end-request?id=a HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.assertTrue(held[-1].recv(65536).startswith(b"HTTP/1.1 200 "))
+        metrics = self.target.get("/metrics")[1]
+        self.assertGreaterEqual(metrics["evicted_connections"], 1)
+        self.assertEqual((metrics["refused_connections"], metrics["active_requests"]), (0, 0))
+        self.target.wait_for("WARNING many connections: each is closed after its answer client=")
+        self.target.wait_for("WARNING too many connections: the longest idle is closed")
+        self.assertEqual(self.target.log.count("WARNING"), 2)
 
     def test_a_burst_of_300_connects(self):
         burst = [socket.socket() for _ in range(300)]
@@ -1448,45 +1519,353 @@ class TestHostileClients(Case):
             self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
 
 
+def read_families(text):
+    """Return {family: [type, help, {sample with its labels: value}]} of an exposition.
+
+    AssertionError: a line of it is none, or stands where it may not.
+    """
+    families, current = {}, None
+    for line in text.splitlines():
+        comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
+        sample = re.fullmatch(
+            r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
+        if comment and comment.group(1) == "HELP":
+            current = comment.group(2)
+            assert current not in families, line
+            families[current] = [None, comment.group(3), {}]
+        elif comment:
+            assert comment.group(2) == current, line
+            families[current][0] = comment.group(3)
+        else:
+            assert sample and sample.group(1).startswith(current), line
+            name = sample.group(1) + (sample.group(2) or "")
+            families[current][2][name] = float(sample.group(3))
+    return families
+
+
+class TestNeverFooled(Case):
+    """Input that other servers, and this one before, were fooled by."""
+
+    CHANGING = (("POST", "/start-request"), ("POST", "/end-request"), ("POST", "/reset"),
+                ("GET", "/drain"), ("POST", "/drain"))
+
+    def status(self, sidecar, head):
+        return sidecar.answers(head + b"\r\n\r\n")[0][0]
+
+    def test_a_request_has_one_host(self):
+        sidecar = self.sidecar()
+        start = b"GET /health HTTP/1.%s"
+        for version, fields, expected in (
+                (b"1", b"", 400), (b"1", b"\r\nHost: a\r\nHost: a", 400), (b"0", b"", 200),
+                (b"0", b"\r\nHost: a\r\nhost: b", 400), (b"1", b"\r\nHost: a b", 400),
+                (b"1", b"\r\nHost: a/b", 400), (b"1", b"\r\nHost: [::1", 400),
+                (b"1", b"\r\nHost: a:b", 400), (b"1", b"\r\nHost: my_sidecar:8081", 200),
+                (b"1", b"\r\nHost: [fe80::1%eth0]:8081", 200), (b"1", b"\r\nHost:", 200)):
+            head = start % version + fields + b"\r\nConnection: close"
+            self.assertEqual(self.status(sidecar, head), expected, head)
+
+    def test_a_name_that_dns_could_point_here_changes_nothing(self):
+        sidecar = self.sidecar()
+        for host in ("rebound.example", "rebound.example:8081", "REBOUND.example.", "127.0.0.1.nip.io"):
+            for method, path in self.CHANGING:
+                status, answer = sidecar.call(method, path, headers={"Host": host})
+                self.assertEqual(status, 403, (host, path))
+                self.assertIn("Host", answer["error"])
+            self.assertEqual(sidecar.call("GET", "/health", headers={"Host": host})[0], 200)
+        for host in ("sidecar", "sidecar:8081", "localhost", "LOCALHOST:1", "127.0.0.1", "10.1.2.3",
+                     "[::1]:8081", "[2001:db8::1]", ""):
+            status, _ = sidecar.call("POST", "/start-request", headers={"Host": host})
+            self.assertEqual(status, 200, host)
+        self.assertEqual(sidecar.active(), 9)
+        self.assertEqual(sidecar.get("/ready")[0], 200)
+        self.assertEqual(sidecar.sample("sidecar_calls_refused_total"), 4 * len(self.CHANGING))
+        # Once each: the second host has the name of the first one.
+        self.assertEqual(sidecar.log.count("WARNING call refused client=127.0.0.1"), 2)
+        sidecar.wait_for('call refused client=127.0.0.1 path=/start-request reason="Host rebound')
+
+    def test_the_name_that_it_listens_on_is_no_others(self):
+        parse = sidecar_module.parse_request
+        caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
+        for name, expected in (("worker.example", 200), ("other.example", 403)):
+            api = sidecar_module.Api(sidecar_module.RequestTracker(), [], own_name="worker.example")
+            request = parse(b"POST /reset HTTP/1.1", b"Host: %s\r\n\r\n" % name.encode(), caller)
+            try:
+                status = api.routes["POST", "/reset"](request).status
+            except sidecar_module.HTTPError as error:
+                status = error.answer.status
+            self.assertEqual(status, expected, name)
+
+    def test_ids_that_are_no_utf_8_are_refused(self):
+        sidecar = self.sidecar()
+        for name in (b"%FF", b"%FE", b"\xff", b"a\xc3", b"%C3%28", b"%ED%B3%BF", b"\xc2%B5"):
+            for path in (b"/start-request?id=", b"/end-request?duration=1s&id="):
+                head = b"POST " + path + name + b" HTTP/1.0"
+                self.assertEqual(self.status(sidecar, head), 400, head)
+        self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
+        self.assertEqual(self.status(sidecar, "POST /start-request?id=%C3%B6ö HTTP/1.0".encode()), 200)
+        self.assertEqual(sidecar.get("/requests")[1][0]["request_id"], "öö")
+        # A duration that is no UTF-8 is a bad one: told, and the request has ended all the same.
+        self.assertEqual(
+            self.status(sidecar, b"POST /end-request?id=%C3%B6%C3%B6&duration=1%B5s HTTP/1.0"), 400)
+        self.assertEqual(sidecar.active(), 0)
+
+    def test_what_is_no_http_is_told_at_once(self):
+        sidecar = self.sidecar(constants={"REQUEST_SECONDS": 2 * PATIENCE})
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200))
+        for data in (hello, b"\x80.\x01", b"\0\0\0\x08\x04\xd2\x16\x2f", b"SSH-2.0-OpenSSH_9.2\r\n",
+                     b"\r\n\r\n\0\r\nQUIT\n", b"*1\r\n", b"PROXY TCP4 127.0.0.1 127.0.0.1 1 2\r\n"):
+            status, headers, body = sidecar.answers(data)[0]
+            self.assertEqual((status, headers["connection"]), (400, "close"), data)
+            self.assertIn("TLS", json.loads(body)["error"])
+
+    def test_accept_is_read_as_rfc_9110_has_it(self):
+        sidecar = self.sidecar()
+        openmetrics = "application/openmetrics-text"
+        for accept, expected in (
+                (openmetrics, True), ("Application/OpenMetrics-Text; Version=1.0.0", True),
+                (openmetrics + ";q=0", False), (openmetrics + "; q=0.000, text/plain", False),
+                (openmetrics + ";q=0.4,text/plain;q=0.5", False), ("*/*," + openmetrics + ";q=0.1", False),
+                (openmetrics + ";Q=0.5,text/plain;q=0.4", True), ("text/*;q=0.3," + openmetrics, True),
+                (openmetrics + ";q=high", False), (openmetrics + ";q=2", False), ("*/*", False),
+                ("application/*", False), ("", False), (",;,", False),
+                (openmetrics + ";version=1.0.0;q=0.5," + openmetrics + ";version=0.0.1;q=0.4,"
+                 "text/plain;version=0.0.4;q=0.3,*/*;q=0.2", True)):
+            self.assertEqual(sidecar.prometheus(accept).endswith("# EOF\n"), expected, accept)
+        for accept, expected in (
+                ("text/html,application/xhtml+xml,*/*;q=0.8", True), ("TEXT/HTML", True), ("*/*", False),
+                ("text/html;q=0", False), ("text/html;q=0.1,text/plain", False)):
+            page = sidecar.call("GET", "/", headers={"Accept": accept})[1].startswith("<!doctype")
+            self.assertEqual(page, expected, accept)
+
+    def test_signs_that_deceive_do_not_reach_the_log(self):
+        for log_format in ("text", "json"):
+            sidecar = self.sidecar(LOG_LEVEL="DEBUG", LOG_FORMAT=log_format)
+            for sign in ("\u202e", "\x85", "\x9b2J", "\u2028", "\u200b", "\ufeff", "\U000e0001"):
+                sidecar.answers(("GET /a%sb?%s HTTP/1.0\r\n\r\n" % (sign, sign)).encode())
+            sidecar.answers(b"GET /a\xffb HTTP/1.0\r\n\r\n")
+            until(lambda lines=sidecar.lines: len(lines) == 9)
+            for line in sidecar.lines:
+                self.assertTrue(line.isprintable(), ascii(line))
+            self.assertIn("/a\\u202eb", sidecar.log)
+
+    def test_a_head_seen_before_is_the_same_request_and_no_other(self):
+        """What is looked up whole is told apart by every byte, wherever it is cut."""
+        sidecar = self.sidecar()
+        first = b"POST /start-request?id=a HTTP/1.1\r\nHost: x\r\n\r\n"
+        second = first.replace(b"id=a", b"id=b")
+        last = b"GET /requests HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        for data in (first, first * 2 + second, b"\r\n" + second, first + b"\r\n" + second + last[:9]):
+            with sidecar.raw(b"") as connection:
+                connection.sendall(data)
+                rest = last[9:] if data.endswith(last[:9]) else last
+                connection.sendall(rest)
+                answer = b"".join(iter(lambda: connection.recv(65536), b""))
+            self.assertEqual(answer.count(b"HTTP/1.1 200 OK"), data.count(b"POST") + 1)
+        self.assertEqual([found["request_id"] for found in sidecar.get("/requests")[1]], ["a", "b"])
+        caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
+        self.assertIs(sidecar_module.parse_request(b"GET / HTTP/1.0\r", b"\r\n", caller),
+                      sidecar_module.parse_request(b"GET / HTTP/1.0\r", b"\r\n", caller))
+
+    def test_what_is_remembered_of_heads_is_bounded(self):
+        sidecar_module.HEADERS.clear()
+        for number in range(3 * sidecar_module.MAX_SEEN):
+            sidecar_module.headers_of(b"A: %d\r\n\r\n" % number)
+            sidecar_module.headers_of(b"A: %d%s\r\n\r\n" % (number, b"x" * 1024))
+        self.assertLessEqual(len(sidecar_module.HEADERS), sidecar_module.MAX_SEEN)
+        longest = max(map(len, sidecar_module.HEADERS))
+        self.assertLessEqual(longest, sidecar_module.MAX_SEEN_BYTES)
+
+    def test_the_time_of_a_request_is_not_that_of_its_answer(self):
+        """A request that took its time to arrive, and a client that is slow to read."""
+        sidecar = self.sidecar(constants={"REQUEST_SECONDS": 2})
+        count = 20000                       # of them, so that no buffer holds the answer
+        sidecar.answers(b"".join(
+            b"POST /start-request?id=%d%s HTTP/1.1\r\nHost: a\r\n\r\n" % (number, b"x" * 100)
+            for number in range(count)) + b"GET / HTTP/1.0\r\n\r\n")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(PATIENCE)
+            connection.connect((sidecar.host, sidecar.port))
+            for piece, seconds in ((b"GET /requests", 1.4), (b" HTTP/1.0\r\n", 0.1), (b"\r\n", 1.5)):
+                connection.sendall(piece)
+                time.sleep(seconds)         # it is the time that passes that is tested
+            answer = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+        self.assertEqual(len(json.loads(answer.partition(b"\r\n\r\n")[2].decode())), count)
+
+
+class TestVariables(Case):
+    """The variables, as the server and the commands read them."""
+
+    def command(self, *argv, **env):
+        """Return (status, output, errors) of a command; the variables are the ones given alone."""
+        clean = {name: value for name, value in os.environ.items()
+                 if not name.startswith(("SIDECAR_", "METRICS_"))}
+        done = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py")] + list(argv),
+                              env=dict(clean, **{name: str(value) for name, value in env.items()}),
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=PATIENCE)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def test_a_port_is_ascii_digits(self):
+        for text in ("8_081", "+80", "-1", "٨٠٨١", "80 81", "8081.0", "0x50", "65536", "１", "8081x"):
+            for argv in ((), ("health",)):
+                status, _, errors = self.command(*argv, SIDECAR_PORT=text)
+                self.assertEqual((status, errors.count("\n")), (2, 1), (text, argv))
+                self.assertIn("SIDECAR_PORT=%r" % text, errors)
+            status, _, errors = self.command(SIDECAR_PORT=0, METRICS_PORT=text)
+            self.assertEqual(status, 2, text)
+            self.assertIn("METRICS_PORT=%r" % text, errors)
+
+    def test_white_space_around_a_value_does_not_count(self):
+        sidecar = self.sidecar(SIDECAR_HOST=" 127.0.0.1\n", SIDECAR_PORT=" 0 ", METRICS_PORT="\t0",
+                               GRACE_PERIOD_SECONDS=" 7s ", LOG_LEVEL=" debug\n", LOG_FORMAT=" Text ",
+                               TRUSTED_CLIENTS=" 10.0.0.0/8 ,\n192.0.2.1 ", QUIET_PERIOD_SECONDS=" ",
+                               HOLD_STARTS=" Never ")
+        self.assertEqual(sidecar.get("/metrics")[1]["grace_period_seconds"], 7)
+        self.assertEqual(self.command("health", SIDECAR_HOST=" 127.0.0.1 ",
+                                      SIDECAR_PORT=" %d\n" % sidecar.port)[0], 0)
+        self.assertEqual(self.command("health", SIDECAR_URL=" %s/ \n" % sidecar.url)[0], 0)
+
+    def test_the_commands_find_the_server_by_its_own_variables(self):
+        hosts = ["127.0.0.1", "localhost", "0.0.0.0", ""]
+        if sys.platform == "linux":
+            hosts.append("127.0.0.2")       # elsewhere only 127.0.0.1 is an address of this machine
+        if self.sidecar(SIDECAR_HOST="").host == "[::]":
+            hosts += ["::1", "::"]
+        for host in hosts:
+            sidecar = self.sidecar(SIDECAR_HOST=host)
+            found = {"SIDECAR_HOST": host, "SIDECAR_PORT": sidecar.port}
+            for command in ("health", "ready", "metrics", "requests"):
+                self.assertEqual(self.command(command, **found)[0], 0, (host, command))
+            status, output, errors = self.command("drain", **found)
+            self.assertEqual((status, errors), (0, ""), host)
+            self.assertEqual(json.loads(output), {"status": "drained", "active_requests": 0})
+
+    def test_a_command_needs_a_port_to_ask(self):
+        status, _, errors = self.command("health", SIDECAR_PORT=0)
+        self.assertEqual((status, errors.count("\n")), (2, 1))
+        self.assertIn("SIDECAR_PORT='0': expected the port of a sidecar", errors)
+        for url in ("http://127.0.0.1:0", "http://127.0.0.1:8_081", "http://127.0.0.1:+80", "http://:80",
+                    "http://[::1", "http://a b:80", "https://127.0.0.1:80", "127.0.0.1:80", "http://x?y"):
+            status, _, errors = self.command("health", SIDECAR_URL=url)
+            self.assertEqual((status, errors), (
+                2, "sidecar: SIDECAR_URL=%r: expected http://HOST:PORT\n" % url))
+
+    def test_drain_ends_by_itself_when_the_sidecar_hangs(self):
+        hanging = HangingServer()
+        self.addCleanup(hanging.close)
+        status, output, errors = self.command("drain", SIDECAR_URL=hanging.url)
+        self.assertEqual((status, output, errors.count("\n")), (1, "", 1))
+        self.assertIn("no answer from " + hanging.url, errors)
+
+    def test_drain_ends_by_itself_when_the_sidecar_hangs_in_the_drain(self):
+        """It hangs once it has told its grace period, 1 s: that is over, and 5 s more."""
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=1)
+        sidecar.post("/start-request")
+        drain = self.program(sys.executable, os.path.join(HERE, "sidecar.py"), "drain",
+                             env={"SIDECAR_URL": sidecar.url})
+        sidecar.wait_for("drain started")
+        sidecar.signal(signal.SIGSTOP)
+        self.assertEqual(drain.wait(), 1)
+        self.assertIn("no answer from " + sidecar.url, drain.log)
+
+    def test_an_answer_that_cannot_be_printed_is_no_traceback(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("this system has no /dev/full")
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "health"],
+                                  env=dict(os.environ, SIDECAR_URL=self.sidecar().url),
+                                  stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stderr), (1, b""))
+
+    def test_without_docstrings(self):
+        help_text = self.program(sys.executable, "-OO", os.path.join(HERE, "sidecar.py"), "--help")
+        self.assertEqual(help_text.wait(), 0)
+        for text in (help_text.log, self.sidecar(PYTHONOPTIMIZE=2).get("/")[1]):
+            self.assertIn("/start-request", text)
+            self.assertIn("GRACE_PERIOD_SECONDS", text)
+
+
+class TestLogPipe(Case):
+    """The log, where its pipe is not as one would wish."""
+
+    def logging_to(self, writer, **env):
+        """Return a sidecar whose stderr is the given end of a pipe; its port is picked before."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = dict({"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": port, "METRICS_PORT": 0,
+                         "LOG_LEVEL": "DEBUG"}, **env)
+        program = self._ends_with_test(Program(
+            sys.executable, os.path.join(HERE, "sidecar.py"), env=settings,
+            stdout=subprocess.DEVNULL, stderr=writer))
+        sidecar = SidecarProcess.__new__(SidecarProcess)
+        vars(sidecar).update(vars(program), host="127.0.0.1", port=port)
+
+        def answers():
+            try:
+                return sidecar.get("/health")[0] == 200
+            except OSError:
+                return False
+        until(answers, "an answer")
+        return sidecar
+
+    def test_one_that_a_worker_made_non_blocking_loses_no_line(self):
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)      # as Node.js does with the pipe that it shares with us
+        sidecar = self.logging_to(writer)
+        os.close(writer)
+        count = 60                          # 8 kB each: several times what the pipe holds
+        for number in range(count):
+            sidecar.get("/%s-%d-" % ("x" * 8000, number))
+        sidecar.signal(signal.SIGTERM)
+        with open(reader, "rb") as log:
+            lines = log.read().decode().splitlines()
+        self.assertEqual(sidecar.process.wait(PATIENCE), 0)
+        found = [int(re.search(r"x-(\d+)-", line).group(1)) for line in lines if "path=/x" in line]
+        self.assertEqual(sorted(found), list(range(count)))
+        self.assertIn("INFO exit status=0", lines[-1])
+        for line in lines:
+            self.assertRegex(line, "^[-0-9]{10}T[:0-9]{8}Z (INFO|DEBUG) ")
+
+    def test_what_waits_for_one_that_nobody_reads_is_bounded_in_bytes(self):
+        reader, writer = os.pipe()
+        sidecar = self.logging_to(writer)
+        os.close(writer)
+        count = 1000
+        sidecar.answers(b"".join(b"GET /%s-%d- HTTP/1.1\r\nHost: a\r\n\r\n" % (b"x" * 8000, number)
+                                 for number in range(count)) + b"GET /health HTTP/1.0\r\n\r\n")
+        lines = []                          # nobody has read any by now
+
+        def read():
+            with open(reader) as log:
+                for line in log:
+                    lines.append(line)
+        reading = threading.Thread(target=read, daemon=True)
+        reading.start()
+        until(lambda: sidecar.get("/ready") and any("lines dropped" in line for line in lines))
+        kept = sum("path=/x" in line for line in lines)
+        dropped = re.search(r"log lines dropped lines=(\d+)", "".join(lines)).group(1)
+        self.assertLess(kept * 8000, sidecar_module.MAX_QUEUED_BYTES + (1 << 18))
+        self.assertGreaterEqual(kept + int(dropped), count)
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.process.wait(PATIENCE), 0)
+        reading.join(PATIENCE)
+
+
+
 class TestPrometheus(Case):
     """Port 9091, as text 0.0.4 and as OpenMetrics."""
-
-    KINDS = {"sidecar_active_requests": "gauge", "sidecar_requests_total": "counter",
-             "sidecar_request_duration_seconds": "histogram",
-             "sidecar_unmatched_ends_total": "counter",
-             "sidecar_oldest_request_age_seconds": "gauge", "sidecar_draining": "gauge",
-             "sidecar_last_request_timestamp_seconds": "gauge",
-             "sidecar_start_time_seconds": "gauge", "sidecar_info": "gauge"}
-
-    def families(self, text):
-        """Return {family: (type, help, {sample with labels: value})} of an exposition; each line is
-        checked."""
-        families, current = {}, None
-        for line in text.splitlines():
-            comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
-            sample = re.fullmatch(
-                r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
-            if comment and comment.group(1) == "HELP":
-                current = comment.group(2)
-                self.assertNotIn(current, families)
-                families[current] = [None, comment.group(3), {}]
-            elif comment:
-                self.assertEqual(comment.group(2), current)
-                families[current][0] = comment.group(3)
-            else:
-                self.assertTrue(sample, line)
-                self.assertTrue(sample.group(1).startswith(current), line)
-                families[current][2][sample.group(1)
-                                     + (sample.group(2) or "")] = float(sample.group(3))
-        return families
 
     def test_every_metric_has_its_help_type_and_value(self):
         sidecar = self.sidecar()
         for path in ("/start-request?id=a", "/start-request?id=b",
                      "/end-request?id=a&duration=40ms", "/end-request"):
             sidecar.post(path)
-        families = self.families(sidecar.prometheus())
-        self.assertEqual({name: families[name][0] for name in self.KINDS}, self.KINDS)
+        families = read_families(sidecar.prometheus())
+        for name, (kind, description, values) in families.items():
+            self.assertIn(kind, ("counter", "gauge", "histogram"), name)
+            self.assertTrue(description and values, name)
         value = {name: samples for _, _, family in families.values()
                  for name, samples in family.items()}
         self.assertEqual([value["sidecar_active_requests"], value["sidecar_requests_total"],
@@ -1512,7 +1891,7 @@ class TestPrometheus(Case):
         for seconds in durations:
             sidecar.post("/start-request")
             sidecar.post("/end-request?duration=%s" % seconds)
-        _, _, samples = self.families(sidecar.prometheus())["sidecar_request_duration_seconds"]
+        _, _, samples = read_families(sidecar.prometheus())["sidecar_request_duration_seconds"]
         buckets = [(re.search('le="(.*)"', name).group(1), count) for name, count in samples.items()
                    if "_bucket" in name]
         self.assertEqual([bound for bound, _ in buckets],
@@ -1538,6 +1917,106 @@ class TestPrometheus(Case):
             self.assertEqual(text.endswith("# EOF\n"), "openmetrics" in expected)
             self.assertEqual("# TYPE sidecar_requests counter" in text, "openmetrics" in expected)
             self.assertIn("\nsidecar_requests_total 0\n", text)
+
+
+def readme_table(heading):
+    """Return the rows of the first table below a heading of README, each a list of its cells."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        below = file.read().partition("\n%s\n" % heading)[2]
+    table = re.search(r"^(?:\|.*\n)+", below, re.MULTILINE).group()
+    rows = table.splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+class TestTables(Case):
+    """What the program has stands in its docstring and in README, and nothing else stands there."""
+
+    DOCSTRING = sidecar_module.__doc__
+    VARIABLES = DOCSTRING.partition("\nVariables")[2].partition("\nSIGTERM")[0]
+
+    def routes(self, sidecar, port):
+        """Return {path: [methods]}, as a running sidecar tells who asks for what is not there."""
+        told = sidecar.call("GET", "/nowhere", port=port)[1]["error"]
+        found = {}
+        for path in told.partition("expected one of ")[2].split(", "):
+            answer = sidecar.answers(("BREW %s HTTP/1.0\r\n\r\n" % path).encode(), port)[0]
+            self.assertEqual(answer[0], 405, path)
+            found[path] = set(answer[1]["allow"].split(", ")) - {"HEAD"}
+        return found
+
+    def test_endpoints(self):
+        sidecar = self.sidecar()
+        routes = self.routes(sidecar, sidecar.port)
+        self.assertEqual(routes, {path: methods for path, (methods, _) in ENDPOINTS.items()})
+        in_readme = {}
+        for call, _ in readme_table("## Endpoints, on port 8081"):
+            path = re.search(r"/[-a-z]*", call).group()
+            in_readme.setdefault(path, set()).update(re.findall("GET|POST", call))
+        self.assertEqual(routes, in_readme)
+        self.assertEqual(self.routes(sidecar, sidecar.metrics_port), {"/metrics": {"GET"}})
+        self.assertIn("On METRICS_PORT: GET /metrics,", self.DOCSTRING)
+
+    def test_those_with_a_star_answer_no_page_of_another_site(self):
+        sidecar = self.sidecar()
+        for path, (methods, star) in ENDPOINTS.items():
+            for method in methods:
+                status = sidecar.call(method, path, headers={"Sec-Fetch-Site": "cross-site"})[0]
+                self.assertEqual(status == 403, star, (method, path))
+
+    def test_variables(self):
+        asked_for = []
+
+        class Environment(dict):
+            def get(self, name, default=None):
+                asked_for.append(name)
+                return default
+
+        sidecar_module.Settings(Environment())
+        in_docstring = re.findall("^    ([A-Z_]{2,}) ", self.VARIABLES, re.MULTILINE)
+        in_readme = {name: default for name, default, _ in
+                     readme_table("## Variables, all of them optional")}
+        self.assertEqual(sorted(in_docstring), sorted(set(asked_for)))
+        self.assertEqual(sorted(in_readme), sorted(set(asked_for)))
+
+    def test_their_defaults(self):
+        unset = vars(sidecar_module.Settings({}))
+        for name, default, _ in readme_table("## Variables, all of them optional"):
+            entry = re.search("^    %s .*" % name, self.VARIABLES, re.MULTILINE).group()
+            if default:
+                self.assertRegex(entry, " {2,}%s(:|$)" % re.escape(default))
+            if name != "SIDECAR_HOST":          # Its default is words, not a value.
+                self.assertEqual(vars(sidecar_module.Settings({name: default})), unset, name)
+
+    def test_commands(self):
+        asked = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "brew"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+        commands = asked.stdout.decode().partition("or one of ")[2].strip().split(", ")
+        first, others = re.search(r"python sidecar.py (\w+) +ask a running sidecar.*?also:(.*?)\.",
+                                  self.DOCSTRING, re.DOTALL).groups()
+        self.assertEqual([first] + others.replace(",", " ").split(), commands)
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            told = re.search(r"`python sidecar.py (\w+)` \(or (.*?)\)", file.read(), re.DOTALL)
+        self.assertEqual([told.group(1)] + re.findall(r"`(\w+)`", told.group(2)), commands)
+
+    def test_figures(self):
+        sidecar = self.sidecar()
+        kinds = {name: kind for name, (kind, _, _) in read_families(sidecar.prometheus()).items()}
+        ours = {name: kind for name, kind in kinds.items() if not name.startswith("process_")}
+        in_readme = readme_table("### Metrics")
+        self.assertEqual({name.strip("`"): kind for _, name, kind, _ in in_readme if name}, ours)
+        self.assertEqual([field.strip("`") for field, _, _, _ in in_readme if field],
+                         list(sidecar.get("/metrics")[1]))
+
+    def test_figures_in_the_help(self):
+        sidecar = self.sidecar()
+        told = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "--help"],
+                              stdout=subprocess.PIPE, timeout=PATIENCE).stdout.decode()
+        figures = told.partition("\nFigures")[2]
+        fields = re.findall("^    ([a-z_]+) ", figures, re.MULTILINE)
+        self.assertEqual(fields, list(sidecar.get("/metrics")[1]))
+        families = read_families(sidecar.prometheus())
+        self.assertEqual(re.findall(r"^ +(sidecar_\w+), an? \w+$", figures, re.MULTILINE),
+                         [name for name in families if not name.startswith("process_")])
 
 
 class TestCommands(Case):
@@ -1585,7 +2064,7 @@ class TestCommands(Case):
 
     def test_without_a_sidecar_there_it_is_one_line_and_1(self):
         with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))            # and nobody listens
+            taken.bind(("127.0.0.1", 0))            # And nobody listens.
             status, output, errors = self.run_sidecar("health", SIDECAR_URL="http://127.0.0.1:%d"
                                                       % taken.getsockname()[1])
         self.assertEqual((status, output, errors.count("\n")), (1, "", 1))
@@ -1714,7 +2193,7 @@ class TestGivenUp(Case):
         until(lambda: sidecar.active() == 0)
         sidecar.wait_for("request given up request_id=hung age_seconds=")
         self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 2)
-        for query in ("?id=hung&duration=7s", "?duration=8s"):          # late, and no error
+        for query in ("?id=hung&duration=7s", "?duration=8s"):          # Late, and no error.
             self.assertEqual(sidecar.post("/end-request" + query),
                              (200, {"active_requests": 0, "draining": False}))
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 15)
@@ -1792,7 +2271,7 @@ class TestSidecarClient(Case):
     def client(self, url, **constants):
         import echo_bot
         client = echo_bot.Sidecar(url)
-        vars(client).update(constants)
+        vars(client).update(dict({"TIMEOUT_SECONDS": PATIENCE}, **constants))
         self.addCleanup(lambda: client._threads_own.connection
                         and client._threads_own.connection.close())
         return client
@@ -1824,7 +2303,7 @@ class TestSidecarClient(Case):
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 2)
 
     def test_draining_is_told(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.2)
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         client = self.client(sidecar.url)
         sidecar.post("/start-request?id=other")
         drain = threading.Thread(target=sidecar.get, args=("/drain",), daemon=True)
@@ -1834,8 +2313,10 @@ class TestSidecarClient(Case):
         sidecar.wait_for("drain started")
         with client.track():
             self.assertTrue(client.draining)
+        self.assertFalse(client.ready())
+        sidecar.post("/reset")              # no SIGTERM came
         drain.join(PATIENCE)
-        until(client.ready)                 # no SIGTERM came
+        self.assertTrue(client.ready())
         self.assertFalse(client.draining)
 
     def test_a_connection_that_the_sidecar_closed_is_opened_again(self):
@@ -1990,7 +2471,7 @@ class TestConsole(Case):
         self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 1)
 
     def test_while_the_sidecar_drains_nothing_is_taken(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=1)
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         bot = self.bot(SIDECAR_URL=sidecar.url)
         self.say(bot, "before")
         bot.wait_for("Echo: before")
@@ -2003,8 +2484,8 @@ class TestConsole(Case):
         bot.wait_for("Echo: in hand")
         bot.wait_for("the sidecar is draining")
         self.assertNotIn("Echo: afterwards", bot.log)
-        bot.wait_for("Echo: afterwards")                # the drain was undone: no SIGTERM came
-        sidecar.wait_for("serving again")
+        sidecar.post("/reset")                          # no SIGTERM came
+        bot.wait_for("Echo: afterwards")
         drain.join(PATIENCE)
 
     def test_replies_keep_telegrams_limits(self):
@@ -2093,8 +2574,9 @@ class ScriptedSidecar(http.server.ThreadingHTTPServer):
 
 
 class Clients:
-    """What each client in the README must do. A language adds how its blocks become a program, and
-    its own handler.
+    """What each client in the README must do.
+
+    A language adds how its blocks become a program, and its own handler.
 
     Every program reads its messages from standard input, a line each, and ends with status 0 at the
     end of it. "work" takes 60 ms; "hold" lasts until the next line; "throw" throws an error. It
@@ -2239,7 +2721,7 @@ class Clients:
             sidecar.wait_for("path=/ready", after=before)
             before = len(sidecar.lines)
         self.assertNotIn("took work b", worker.log)
-        sidecar.post("/start-request")          # brings the sidecar back to serving
+        sidecar.post("/reset")                  # brings the sidecar back to serving
         worker.wait_for("did work b")
         self.assertEqual(self.finish(worker), 0, worker.log)
 
@@ -2317,7 +2799,7 @@ class TestPage(Case):
     def front(self, accept):
         """Return (headers, body) of the answer to GET /."""
         answers = self.sidecar().answers(
-            b"GET / HTTP/1.1\r\nAccept: %s\r\nConnection: close\r\n\r\n" % accept)
+            b"GET / HTTP/1.1\r\nHost: a\r\nAccept: %s\r\nConnection: close\r\n\r\n" % accept)
         status, headers, body = answers[0]
         self.assertEqual((status, len(answers)), (200, 1))
         return headers, body
@@ -2341,13 +2823,12 @@ class TestPage(Case):
         self.assertEqual(policy, dict.fromkeys(
             ("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"))
 
-    def test_curl_gets_the_list_of_endpoints(self):
+    def test_curl_gets_the_text_of_help(self):
         headers, body = self.front(b"*/*")
         self.assertEqual(headers["content-type"], "text/plain; charset=utf-8")
-        for path in ("/start-request", "/end-request", "/reset", "/metrics", "/requests", "/health",
-                     "/ready", "/drain"):
+        for path in ENDPOINTS:
             self.assertIn(" %s " % path, body)
-        self.assertNotIn("Variables", body)
+        self.assertEqual(body, sidecar_module.__doc__)
 
 
 class TestScrapes(Case):
@@ -2362,50 +2843,58 @@ class TestScrapes(Case):
         sidecar = self.sidecar(PYTHONPATH=folder)
         over = threading.Event()
 
-        def work(number):
-            """Start and end requests, many in one piece. Each takes a quarter of a second, it says:
-            sums are exact."""
-            paths = ("/start-request", "/start-request?id=%d" % number,
-                     "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
-            batch = "".join("POST %s HTTP/1.1\r\n\r\n" % path for path in paths).encode() * 25
-            with sidecar.raw(b"") as connection, connection.makefile("rb") as answers:
-                while not over.is_set():
-                    connection.sendall(batch)
-                    for _ in range(100):
-                        next(line for line in answers if line.startswith(b"HTTP/1.1 200"))
-
-        def scrape():
-            connection = http.client.HTTPConnection(sidecar.host, sidecar.metrics_port,
-                                                    timeout=PATIENCE)
-            self.addCleanup(connection.close)
-            before, seen = {}, set()
-            for turn in range(1500):
-                connection.request("GET", "/metrics",
-                                   headers={"Accept": OPENMETRICS if turn % 2 else ""})
-                values = samples(connection.getresponse().read().decode())
-                ended = values["sidecar_request_duration_seconds_count"]
-                self.assertEqual(values["sidecar_requests_total"],
-                                 values["sidecar_active_requests"] + ended)
-                self.assertEqual(values["sidecar_request_duration_seconds_sum"], ended / 4)
-                for name, value in values.items():
-                    if name.startswith("sidecar_request_duration_seconds_bucket"):
-                        bound = float(re.search('le="(.*)"', name).group(1))
-                        self.assertEqual(value, ended if bound >= 0.25 else 0, name)
-                    if re.search("_(total|count|sum|bucket)", name):
-                        self.assertGreaterEqual(value, before.get(name, 0), name)
-                before = values
-                seen.add((values["sidecar_active_requests"], ended))
-            return seen
-
         def play(number):
             try:
-                return work(number) if number else scrape()
+                return self.work(sidecar, number, over) if number else self.scrape(sidecar)
             finally:
                 over.set()
 
         seen = in_threads(4, play)[0]
-        self.assertGreater(len({active for active, _ in seen}), 2)    # or nothing went on meanwhile
+        self.assertGreater(len({active for active, _ in seen}), 2)   # Or nothing went on meanwhile.
         self.assertGreater(len(seen), 30)
+
+    def work(self, sidecar, number, over):
+        """Start and end requests, many in one piece.
+
+        Each says that it took a quarter of a second, so that sums are exact.
+        """
+        paths = ("/start-request", "/start-request?id=%d" % number,
+                 "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
+        batch = "".join("POST %s HTTP/1.1\r\nHost: a\r\n\r\n" % path for path in paths).encode() * 25
+        with sidecar.raw(b"") as connection, connection.makefile("rb") as answers:
+            while not over.is_set():
+                connection.sendall(batch)
+                for _ in range(100):
+                    next(line for line in answers if line.startswith(b"HTTP/1.1 200"))
+
+    def scrape(self, sidecar):
+        """Scrape again and again; return all pairs of (active requests, ended ones) that it saw."""
+        connection = http.client.HTTPConnection(sidecar.host, sidecar.metrics_port,
+                                                timeout=PATIENCE)
+        self.addCleanup(connection.close)
+        before, seen = {}, set()
+        for turn in range(1500):
+            connection.request("GET", "/metrics",
+                               headers={"Accept": OPENMETRICS if turn % 2 else ""})
+            values = samples(connection.getresponse().read().decode())
+            self.check(values, before)
+            before = values
+            seen.add((values["sidecar_active_requests"],
+                      values["sidecar_request_duration_seconds_count"]))
+        return seen
+
+    def check(self, values, before):
+        """Check that the values of a scrape are of one moment, which came after another one."""
+        ended = values["sidecar_request_duration_seconds_count"]
+        self.assertEqual(values["sidecar_requests_total"],
+                         values["sidecar_active_requests"] + ended)
+        self.assertEqual(values["sidecar_request_duration_seconds_sum"], ended / 4)
+        for name, value in values.items():
+            if name.startswith("sidecar_request_duration_seconds_bucket"):
+                bound = float(re.search('le="(.*)"', name).group(1))
+                self.assertEqual(value, ended if bound >= 0.25 else 0, name)
+            if re.search("_(total|count|sum|bucket)", name):
+                self.assertGreaterEqual(value, before.get(name, 0), name)
 
     def test_what_was_given_up_adds_up_too(self):
         sidecar = self.sidecar()
@@ -2485,7 +2974,7 @@ class TestRun(Case):
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "only Linux has CPU affinities")
     def test_the_sidecar_keeps_to_one_cpu_and_leaves_the_worker_all_of_them(self):
         sidecar = self.worker()
-        sidecar.get("/health")                           # there is a thread of a connection as well
+        sidecar.get("/health")                          # There is a thread of a connection as well.
         pid = sidecar.process.pid
         cpus = {cpu for thread in os.listdir("/proc/%d/task" % pid)
                 for cpu in os.sched_getaffinity(int(thread))}
@@ -2498,7 +2987,7 @@ class TestRun(Case):
         sidecar.wait_for("got SIGINT")
         sidecar.wait_for("drain completed")
         self.assertIsNone(sidecar.process.poll())
-        sidecar.signal(signal.SIGTERM)                      # a second one
+        sidecar.signal(signal.SIGTERM)                      # A second one.
         self.assertEqual(sidecar.wait(), 3)
 
     def test_a_second_signal_is_passed_on_at_once(self):
@@ -2517,7 +3006,7 @@ class TestRun(Case):
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.get("/ready")[0], 503)
-        sidecar.signal(signal.SIGUSR1)                  # what comes after it is passed on
+        sidecar.signal(signal.SIGUSR1)                  # What comes after it is passed on.
         sidecar.wait_for("got SIGUSR1")
         self.assertNotIn("got SIGTERM", sidecar.log)
         sidecar.post("/end-request")
@@ -2557,7 +3046,7 @@ class TestRun(Case):
             sidecar.wait_for("request given up request_id=%s age_seconds=" % name)
         sidecar.wait_for("worker ended status=137")
         caller.join(PATIENCE)
-        self.assertEqual(len(waiting), 1)                 # whoever waited for a drain got an answer
+        self.assertEqual(len(waiting), 1)                # Whoever waited for a drain got an answer.
 
     def test_other_signals_are_passed_on_at_once(self):
         sidecar = self.worker()
@@ -2595,23 +3084,25 @@ class TestRun(Case):
             self.assertEqual((run.returncode, run.stderr.count(b"\n")), (2, 1), argv)
 
     def test_what_the_worker_inherits(self):
-        """Standard input, output and errors, other descriptors, signal mask and dispositions: as
-        without the sidecar."""
+        """Standard input, output and errors, other descriptors, signal mask and dispositions."""
+        script = ("read line; echo out $line; echo err >&2; (cd /proc/$$/fd; echo *); "
+                  "while read name mask; do case $name in SigBlk:|SigIgn:|SigCgt:) "
+                  "echo $name $mask;; esac; done </proc/$$/status")
+
+        def told(output):       # Without signals 32 and 33, which libc sets for its threads.
+            masks = re.findall("^(Sig...): (.*)$", output, re.MULTILINE)
+            return output.partition("Sig")[0], [
+                (name, int(mask, 16) & ~(3 << 31)) for name, mask in masks]
+
         with tempfile.TemporaryFile() as file:
             os.set_inheritable(file.fileno(), True)
-            script = ("read line; echo out $line; echo err >&2; "
-                      "ls -l /proc/self/fd | sed 's/.*[0-9][0-9]:[0-9][0-9] //' | grep -c tmp; "
-                      "exec grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
-
-            def told(output):       # without signals 32 and 33, which libc sets for its threads
-                masks = re.findall("^(Sig...):\t(.*)$", output, re.MULTILINE)
-                return output.partition("Sig")[0], [
-                    (name, int(mask, 16) & ~(3 << 31)) for name, mask in masks]
             options = dict(input=b"in\n", close_fds=False)
             plain = subprocess.run([shutil.which("sh"), "-c", script], capture_output=True,
                                    timeout=PATIENCE, **options)
             status, output, errors = self.done("sh", "-c", script, **options)
+            self.assertIn(str(file.fileno()), output.splitlines()[1].split())
         self.assertEqual((status, told(output)), (0, told(plain.stdout.decode())))
+        self.assertEqual([name for name, _ in told(output)[1]], ["SigBlk", "SigIgn", "SigCgt"])
         self.assertIn("err\n", errors)
         descriptors = self.done(sys.executable, "-c",
                                 "import os; print(len(os.listdir('/proc/self/fd')))")[1]
@@ -2633,41 +3124,58 @@ class TestRun(Case):
 
     def test_at_a_terminal_the_worker_gets_each_key_once(self):
         """Ctrl-C, and what else a terminal sends to all of its foreground processes."""
+        shown, status = self.at_a_terminal(
+            (lambda terminal: None, b"listening"), (lambda terminal: None, b"worker is up"),
+            (lambda terminal: os.write(terminal, b"\x03"), b"got SIGINT"),         # Ctrl-C
+            (lambda terminal: os.write(terminal, b"\x1c"), b"got SIGQUIT"),        # Ctrl-\\
+            (lambda terminal: fcntl.ioctl(terminal, 0x5414,                        # TIOCSWINSZ
+                                          struct.pack("HHHH", 7, 7, 7, 7)), b"got SIGWINCH"))
+        self.assertEqual(status, 3, shown)
+        self.assertEqual([shown.count(b"got " + name)
+                          for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
+        self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
+                         [1, 1], shown)
+
+    def at_a_terminal(self, *steps):
+        """Run WORKER at a terminal of its own; return what that shows, and the exit status.
+
+        Each step is what to do with the terminal, and what it shows then. SIGTERM comes after them.
+        """
         pid, terminal = pty.fork()
         if pid == 0:
             os.environ.update(SIDECAR_PORT="0", METRICS_PORT="0", GRACE_PERIOD_SECONDS="1h")
             os.execv(sys.executable, [sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--",
                                       sys.executable, "-c", WORKER])
         shown = b""
-
-        def read():
-            self.assertTrue(select.select([terminal], [], [], PATIENCE)[0], shown)
-            return os.read(terminal, 4096)
-
         try:
-            for press, expected in ((lambda: None, b"listening"), (lambda: None, b"worker is up"),
-                                    (lambda: os.write(terminal, b"\x03"), b"got SIGINT"),
-                                    (lambda: os.write(terminal, b"\x1c"), b"got SIGQUIT"),
-                                    (lambda: fcntl.ioctl(terminal, 0x5414, struct.pack(
-                                        "HHHH", 7, 7, 7, 7)), b"got SIGWINCH")):
-                press()                   # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ)
+            for press, expected in steps:
+                press(terminal)
                 while expected not in shown:
-                    shown += read()
-            os.kill(pid, signal.SIGTERM)              # no terminal's, so it drains and passes it on
-            while True:
-                try:
-                    shown += read()
-                except OSError:                  # the terminal's way to say that all have closed it
-                    break
+                    self.assertTrue(select.select([terminal], [], [], PATIENCE)[0], shown)
+                    shown += os.read(terminal, 4096)
+            # It may read from the terminal, so it is in the foreground with us.
+            self.assertEqual(os.getpgid(child_of(pid)), pid)
+            os.kill(pid, signal.SIGTERM)             # No terminal's, so it drains and passes it on.
+            while select.select([terminal], [], [], PATIENCE)[0]:
+                shown += os.read(terminal, 4096)
+        except OSError:                         # The terminal's way to say that all have closed it.
+            pass
         finally:
             os.close(terminal)
             os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
-        self.assertEqual(os.WEXITSTATUS(status), 3, shown)
-        self.assertEqual([shown.count(b"got " + name)
-                          for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
-        self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
-                         [1, 1], shown)
+        return shown, os.WEXITSTATUS(status)
+
+    def test_a_worker_that_dies_in_a_drain_is_told_once_and_gets_no_signal(self):
+        sidecar = self.worker(GRACE_PERIOD_SECONDS="1h")
+        sidecar.post("/start-request?id=a")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        os.kill(child_of(sidecar.process.pid), signal.SIGKILL)
+        self.assertEqual(sidecar.wait(), 128 + signal.SIGKILL)
+        self.assertEqual(sidecar.log.count("worker ended status=137"), 1)
+        self.assertEqual(sidecar.log.count("request given up request_id=a"), 1)
+        self.assertNotIn("passed on", sidecar.log)
 
     def test_its_process_group(self):
         """One of its own, so that what is sent to ours does not reach it before the drain."""
@@ -2703,13 +3211,13 @@ class TestRun(Case):
                         with open("%s/%s/status" % (folder, task)) as file:
                             last = file.read().rpartition("\nvoluntary_ctxt_switches:")[2]
                             told[task] = int(last.split()[0])
-                    except OSError:                         # the thread of the call above ends
+                    except OSError:                         # The thread of the call above ends.
                         told[task] = None
                 return told
 
             def unchanged():
                 before = switches()
-                time.sleep(1.5)              # nothing to wait for: it is nothing that should happen
+                time.sleep(1.5)             # Nothing to wait for: it is nothing that should happen.
                 return before == switches()
             until(unchanged, "an idle while")
 
@@ -2717,12 +3225,11 @@ class TestRun(Case):
 class TestCallers(Case):
     """Who may call what."""
 
-    CHANGING = (("POST", "/start-request"), ("POST", "/end-request?duration=1s"),
-                ("POST", "/reset"), ("POST", "/drain"), ("GET", "/drain"), ("HEAD", "/drain"))
-
     def test_a_page_of_another_site(self):
         sidecar = self.sidecar()
-        for method, path in self.CHANGING:
+        changing = [(method, path) for path, (methods, star) in ENDPOINTS.items() if star
+                    for method in (methods | {"HEAD"} if "GET" in methods else methods)]
+        for method, path in changing:
             for headers in ({"Origin": "https://example.com"}, {"Origin": "null"}, {"Origin": ""},
                             {"Origin": "http://127.0.0.1.example.com"},
                             {"Origin": "http://localhost.example.com"},
@@ -2733,9 +3240,10 @@ class TestCallers(Case):
                                  (path, headers))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
         self.assertEqual(sidecar.get("/ready")[0], 200)
-        for path in ("/metrics", "/requests", "/health", "/ready"):
-            self.assertEqual(
-                sidecar.call("GET", path, headers={"Origin": "https://example.com"})[0], 200, path)
+        for path, (_, star) in ENDPOINTS.items():
+            headers = {"Origin": "https://example.com"}
+            if not star:
+                self.assertEqual(sidecar.call("GET", path, headers=headers)[0], 200, path)
 
     def test_ipv4_mapped_ipv6_loopback_counts_as_loopback(self):
         trusts = sidecar_module.Api(
@@ -2755,7 +3263,7 @@ class TestCallers(Case):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-SIDE_BY_SIDE = 4    # classes, each in a process of its own: most of a test is waiting
+SIDE_BY_SIDE = 4    # Classes, each in a process of its own: most of a test is waiting.
 
 
 def run_class(name):
@@ -2767,12 +3275,14 @@ def run_class(name):
 
 
 def read_result(name, text):
-    """Return what unittest printed as (a line for each test, the problems in detail, {"tests": 7,
-    "failures": 1})."""
+    """Return what unittest printed: a line for each test, the problems in detail, the counts.
+
+    The counts are a dict such as {"tests": 7, "failures": 1}.
+    """
     told, _, verdict = text.rpartition("\n" + "-" * 70 + "\n")
     summary = re.match(r"Ran (\d+) tests? in .*\n\n(?:OK|FAILED|NO TESTS RAN)(?: \((.*)\))?\n",
                        verdict)
-    if not summary:                         # it was killed, or broke before its first test
+    if not summary:                         # It was killed, or broke before its first test.
         return "", "\n%s ended without a summary:\n%s\n" % (name, text), {"tests": 0, "errors": 1}
     counts = {what: int(count)
               for what, count in re.findall(r"([a-z ]+)=(\d+)", summary.group(2) or "")}
@@ -2781,8 +3291,7 @@ def read_result(name, text):
 
 
 def run_all():
-    """Run every class, print what unittest would print of one run of them all, and return the exit
-    status."""
+    """Run every class, print what unittest prints of one run, and return the exit status."""
     began, problems, counts = time.monotonic(), "", collections.Counter()
     classes = [name for name, thing in globals().items() if isinstance(thing, type)
                and name.startswith("Test")]
