@@ -2190,6 +2190,8 @@ class Sidecar:
     async def _say_rest(self, io, deadline):
         unsaid = self._memory.unsaid
         for request_id in list(unsaid):
+            if time.monotonic() > deadline - self.CALL_SECONDS / 2:     # too late to say more now
+                break
             request = unsaid.pop(request_id, None)      # whoever takes it out says it
             if request and not await self._say(io, request, deadline):
                 break

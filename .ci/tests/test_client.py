@@ -370,6 +370,21 @@ class TestHeld(ClientCase):
         self.assertEqual(len(server.paths), 2)          # and nothing was said twice
         self.assertIsNone(client._memory.trouble)
 
+    def test_what_is_said_after_a_hold_has_its_time(self):
+        server, client, released = self.holding(WATCH_SECONDS=3600, REST_SECONDS=0.0)
+        released.set()
+        client.start("before")
+        client._memory.rest_until = time.monotonic() + 3600     # so that its end stays unsaid
+        client.end("before")
+        client._memory.rest_until = 0.0
+        released.clear()
+        threading.Timer(2.5, released.set).start()
+        with self.assertRaisesRegex(AssertionError, "no logs"):
+            with self.assertLogs("sidecar", "WARNING"):
+                with client.track():
+                    pass
+        self.assertEqual(client._memory.unsaid, {})             # its end found the time for it
+
     def test_coroutines_wait_and_the_loop_goes_on_without_a_thread(self):
         server, client, released = self.holding()
 
