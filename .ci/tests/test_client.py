@@ -372,6 +372,7 @@ class TestHeld(ClientCase):
 
     def test_what_is_said_after_a_hold_has_its_time(self):
         server, client, released = self.holding(WATCH_SECONDS=3600, REST_SECONDS=0.0)
+        server.script = lambda path: released if "start" in path else time.sleep(0.1) or COUNTED
         released.set()
         client.start("before")
         client._memory.rest_until = time.monotonic() + 3600     # so that its end stays unsaid
