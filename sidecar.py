@@ -75,7 +75,8 @@ import threading
 import time
 from bisect import bisect_left
 from collections import OrderedDict, deque, namedtuple
-from urllib.parse import unquote
+from collections.abc import Callable
+from urllib.parse import quote, unquote, urlsplit
 
 __version__ = "1.1.0"
 
@@ -2074,6 +2075,478 @@ def main(arguments: list) -> int:
         return 0
     fail("unknown arguments %s: expected none, --help, --version, run -- COMMAND, or one of %s"
          % (" ".join(map(repr, arguments)), ", ".join(COMMANDS)))
+
+
+# ---- The client, for workers in Python ----------------------------------------------------------
+
+MAX_UNSAID = 10000              # requests of which the sidecar has still to be told
+MAX_KEPT_CONNECTIONS = 16       # of a process, between two calls
+ANSWER_HEAD = re.compile(rb"HTTP/1\.1 ([0-9]{3}) [^\r\n]*\r\n(?:[^\r\n]+\r\n)*?"
+                         rb"Content-Length: ([0-9]{1,5})\r\n(?:[^\r\n]+\r\n)*\r\n")
+
+
+class Sidecar:
+    """Tells the sidecar of each request that a worker has in flight.
+
+        sidecar = Sidecar()
+        for message in consumer:
+            with sidecar.track():
+                handle(message)
+                consumer.commit()
+
+    Make one for a process, and use it from all threads, event loops and forked children. No method
+    raises, and the two calls for a request delay it by a second at most. Only while the sidecar
+    drains a start may take longer: it is held, because this worker is about to be removed. After
+    a failure the sidecar is left alone for REST_SECONDS; what it has not heard it is told later,
+    by one thread or with the next call.
+    """
+
+    CALL_SECONDS = 0.5          # the longest that a call takes; a request makes two
+    SILENCE_SECONDS = 3.0       # between two bytes of a held answer; the server sends 4 a second
+    REST_SECONDS = 3.0
+    WATCH_SECONDS = 1.0         # how often the thread looks whether there is something to do
+
+    def __init__(self, url: str | None = None, *, name: str | None = None,
+                 hold: bool | None = None) -> None:
+        """Take note of where the sidecar is. Nothing is started, and nothing is called yet.
+
+        url: default: the variable SIDECAR_URL, or http://127.0.0.1:8081.
+        name: of this process, where several share a sidecar, such as "slot3": its ids begin with
+            "slot3:", and its `reset` gives up only those.
+        hold: False where the worker ends cleanly by itself on SIGTERM, or is pushed to: then its
+            starts are answered at once in a drain too. True: they are held in every drain. None:
+            the sidecar decides (its variable HOLD_STARTS).
+        ValueError: no such URL, or a name that is not 1 to 64 printable characters.
+        """
+        self.url = (url or os.environ.get("SIDECAR_URL") or "http://127.0.0.1:8081").strip()
+        try:
+            parts = urlsplit(self.url)
+            if parts.scheme != "http" or not parts.hostname:
+                raise ValueError
+            # As bytes: a text would be encoded by a module that is imported then, and a child that
+            # is forked meanwhile waits for ever for the import's lock.
+            self._address = parts.hostname.encode("ascii"), parts.port or 80
+        except ValueError:
+            raise ValueError("SIDECAR_URL=%r: expected http://HOST:PORT" % self.url) from None
+        if name is not None and not (0 < len(name) <= 64 and name.isprintable()):
+            raise ValueError("name=%r: expected 1 to 64 printable characters" % name)
+        self.draining = False               # what the sidecar said last: take no more work
+        self._base = quote(parts.path.rstrip("/"), safe="/%")
+        self._host = parts.netloc.rpartition("@")[2]
+        self._prefix = name + ":" if name else ""
+        self._hold = "" if hold is None else "&hold=true" if hold else "&hold=false"
+        self._memories = {}                 # {pid: ProcessMemory}: a forked child begins anew
+
+    def track(self, request_id: str | None = None) -> Tracked:
+        """Return a context manager for a request: `with`, or in a coroutine `async with`.
+
+        However the block is left, the end is told with the duration, and an exception goes on.
+        request_id: an id of your own, with the name 1 to 128 printable characters; default: a
+            random one.
+        """
+        request_id = os.urandom(16).hex() if request_id is None else request_id
+        return Tracked(self, self._prefix + request_id)
+
+    def start(self, request_id: str) -> None:
+        """Say that a request begins: where a framework has a hook before and one after the work.
+
+        request_id: an id of your own, with the name 1 to 128 printable characters.
+        """
+        request = self._memory.started[request_id] = self.track(request_id)
+        request.__enter__()
+
+    def end(self, request_id: str) -> None:
+        """Say that a request has ended, also one that another process started."""
+        request = self._memory.started.pop(request_id, None)
+        if request is None:
+            request = self.track(request_id)
+            request.heard = True
+        request.__exit__()
+
+    def ready(self) -> bool:
+        """Ask whether work may be taken. A sidecar that is gone does not undo what it said last."""
+        self._memory.rest_until = 0.0
+        finish(self._call(Blocking, "GET", "/ready"))
+        return not self.draining
+
+    def reset(self) -> None:
+        """Say that this worker has just started: what one before it left behind is given up.
+
+        With a name, that is what began under the same name.
+        """
+        query = "?prefix=" + quote(self._prefix, safe="") if self._prefix else ""
+        finish(self._call(Blocking, "POST", "/reset" + query))
+
+    def on_drain(self, callback: Callable[[], object]) -> None:
+        """Have `callback()` called once, when the sidecar first says that it drains.
+
+        Set while an event loop runs, it is called in that loop, and a coroutine function becomes a
+        task there. Otherwise it is called on a thread of its own. A worker that is idle hears of a
+        drain too: from now on a thread asks each WATCH_SECONDS. It implies hold=False.
+        """
+        asyncio = sys.modules.get("asyncio")        # where nobody has imported it, no loop runs
+        try:
+            loop = asyncio and asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        self._hold = "&hold=false"
+        self._memory.callbacks.append((callback, loop))
+        if self.draining:
+            self._call_back()
+        self._attend()
+
+    def close(self) -> None:
+        """Say, as the worker exits, what could not be said yet; it takes half a second at most."""
+        memory = self._memory
+        memory.rest_until = 0.0
+        finish(self._say_rest(Blocking, time.monotonic() + self.CALL_SECONDS))
+        while memory.kept:
+            memory.kept.pop().close()
+
+    # What follows is written once, as coroutines over Blocking or InLoop. It takes no lock that
+    # others wait for, since a signal handler, or a child forked by another thread, may come in
+    # between; each step on a list or dict is a single one instead.
+
+    @property
+    def _memory(self):
+        pid = os.getpid()
+        return self._memories.get(pid) or self._memories.setdefault(pid, ProcessMemory())
+
+    async def _report(self, io, request, hold="&hold=false"):
+        """Say what has become of a request; if that was heard, what is unsaid of others too."""
+        deadline = time.monotonic() + self.CALL_SECONDS
+        self._memory.unsaid.pop(request.id, None)
+        if await self._say(io, request, deadline, hold):
+            await self._say_rest(io, deadline)
+
+    async def _say_rest(self, io, deadline):
+        unsaid = self._memory.unsaid
+        for request_id in list(unsaid):
+            if time.monotonic() > deadline - self.CALL_SECONDS / 2:     # too late to say more now
+                break
+            request = unsaid.pop(request_id, None)      # whoever takes it out says it
+            if request and not await self._say(io, request, deadline):
+                break
+
+    async def _say(self, io, request, deadline, hold="&hold=false"):
+        """Say that a request has begun or ended, whichever it has; return False if it stays unsaid.
+
+        A start that is said late is never held: its work is under way.
+        """
+        ended, said, query = request.ended, False, request.query
+        if ended and not request.heard:
+            return True                 # an end whose start was not heard would count as a mistake
+        if ended and request.seconds is not None:
+            query += "&duration=%.6fs" % request.seconds
+        path = "/end-request" + query if ended else "/start-request" + query + hold
+        try:
+            status = await self._call(io, "POST", path, deadline, request)
+            if 400 <= status < 500 and not ended:
+                request.heard = False               # it was heard, but not counted
+            gone = isinstance(self._memory.trouble, ConnectionRefusedError)     # and so its count
+            said = 0 < status < 500 or ended and gone
+        finally:                                    # also when this coroutine is cancelled
+            if not said or ended != request.ended:  # another thread may have ended it meanwhile
+                self._keep(request)
+        return said
+
+    def _keep(self, request):
+        unsaid = self._memory.unsaid
+        if len(unsaid) < MAX_UNSAID:
+            unsaid[request.id] = request
+        self._attend()
+
+    async def _call(self, io, method, path, deadline=None, request=None):
+        """Make a call; return the status of the answer, or 0 if there was none."""
+        memory, now = self._memory, time.monotonic()
+        if now < memory.rest_until:
+            return 0
+        deadline = deadline or now + self.CALL_SECONDS
+        try:
+            status, content = await self._exchange(io, method, path, deadline, request)
+            if path == "/ready" and (status == 200 or content.get("error") in (DRAINING, DRAINED)):
+                self.draining = status != 200
+            elif "draining" in content:
+                self.draining = bool(content["draining"])
+            elif status != 200:
+                raise RefusedCall(status, content.get("error"))
+            trouble = None
+        except (OSError, ValueError, RuntimeError) as failure:      # RuntimeError: as we exit
+            status, trouble = getattr(failure, "status", 0), failure
+        self._note(trouble, status)
+        if self.draining and memory.callbacks:
+            self._call_back()
+        return status
+
+    async def _exchange(self, io, method, path, deadline, request):
+        """Return (status, content) of the answer, over a kept connection or else a new one.
+
+        Where a kept one turns out closed the call is made again: all calls may be repeated.
+        """
+        call = "%s %s%s HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n" % (
+            method, self._base, path, self._host)
+        kept, answer = self._memory.kept, None
+        while answer is None:
+            try:
+                connection, is_new = kept.pop(), False
+            except IndexError:
+                connection = await io.connect(self._address, deadline - time.monotonic())
+                is_new = True
+            if request:
+                request.heard = True
+            try:
+                await io.send(connection, call.encode())
+                answer = await self._read_answer(io, connection, deadline)
+            except ConnectionError:
+                if is_new:
+                    raise
+            finally:
+                if answer and len(kept) < MAX_KEPT_CONNECTIONS:
+                    kept.append(connection)
+                else:
+                    connection.close()
+        return answer
+
+    async def _read_answer(self, io, connection, deadline):
+        received, answer = b"", None
+        while answer is None:
+            seconds = self.SILENCE_SECONDS if received else deadline - time.monotonic()
+            piece = await io.receive(connection, max(seconds, 0.001))
+            if not piece:
+                raise ConnectionResetError(errno.ECONNRESET, "closed by the sidecar")
+            received += piece
+            answer = parse_answer(received)
+        return answer
+
+    def _note(self, trouble, status):
+        """Rest after a failure. Log it, once each kind until all is well again, and log that."""
+        memory = self._memory
+        if trouble is None:
+            if memory.trouble is not None:
+                log.info("reporting to the sidecar at %s", self.url)
+                memory.told &= {400}
+            memory.trouble = None
+            return
+        if status != 400:               # one request's id may be malformed; the others are not
+            memory.trouble = trouble
+            memory.rest_until = time.monotonic() + self.REST_SECONDS
+        if status not in memory.told:
+            memory.told.add(status)
+            log.warning("working without the sidecar, %s %s: %s", self.url,
+                        "refuses to count" if status else "does not answer", trouble)
+
+    def _attend(self):
+        """Start the thread, if it has something to do and does not run."""
+        memory = self._memory
+        if (memory.unsaid or memory.callbacks) and memory.attended.acquire(False):
+            try:
+                threading.Thread(target=self._attend_to, args=(memory,), name="sidecar",
+                                 daemon=True).start()
+            except RuntimeError:        # the process limit, or the interpreter exits: do without
+                memory.attended.release()
+
+    def _attend_to(self, memory):
+        try:
+            while memory.unsaid or memory.callbacks:
+                time.sleep(self.WATCH_SECONDS)
+                if memory.callbacks:
+                    finish(self._call(Blocking, "GET", "/ready"))
+                finish(self._say_rest(Blocking, time.monotonic() + self.CALL_SECONDS))
+        finally:
+            memory.attended.release()
+        self._attend()                  # for what was put there before the release
+
+    def _call_back(self):
+        callbacks = self._memory.callbacks
+        while callbacks:
+            try:
+                callback, loop = waiting = callbacks.pop(0)
+            except IndexError:          # another thread has taken it
+                return
+            try:
+                if loop is None:
+                    threading.Thread(target=callback, name="on_drain", daemon=True).start()
+                elif not loop.is_closed():
+                    loop.call_soon_threadsafe(run_in_loop, callback, self._memory.tasks)
+            except RuntimeError:        # no thread can be started: the next answer tries again
+                callbacks.append(waiting)
+                return
+
+
+class Tracked:
+    """A request of a worker, as `Sidecar.track` returns it: for one `with` or `async with`."""
+
+    def __init__(self, sidecar: Sidecar, request_id: str) -> None:
+        self.id = request_id
+        self.query = "?id=" + quote(request_id, safe="")
+        self.heard = False              # may the sidecar have heard of its start?
+        self.ended = False
+        self.seconds = None             # how long it took, if that is known
+        self._sidecar, self._began = sidecar, 0.0
+
+    async def _enter(self, io):
+        try:
+            await self._sidecar._report(io, self, self._sidecar._hold)
+        except BaseException:           # cancelled, or Ctrl-C: the block will not run
+            self.ended = True
+            self._sidecar._keep(self)
+            raise
+        self._began = time.monotonic()
+
+    async def _exit(self, io):
+        if self._began:
+            self.seconds = time.monotonic() - self._began
+        self.ended = True
+        await self._sidecar._report(io, self)
+
+    def __enter__(self) -> Tracked:
+        finish(self._enter(Blocking))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        finish(self._exit(Blocking))
+
+    async def __aenter__(self) -> Tracked:
+        await self._enter(InLoop)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._exit(InLoop)
+
+
+class ProcessMemory:
+    """What a client remembers in one process. Any thread may use any of it."""
+
+    def __init__(self):
+        self.kept = []                  # connections between two calls
+        self.unsaid = {}                # {id: Tracked} of which the sidecar has still to be told
+        self.started = {}               # {id: Tracked} between `start` and `end`
+        self.callbacks = []             # (callback, its event loop or None) that wait for a drain
+        self.tasks = []                 # what they became: asyncio itself keeps no reference
+        self.rest_until = 0.0           # on the monotonic clock
+        self.trouble = "unknown"        # why the last call failed; None: it did not
+        self.told = set()               # the statuses that are in the log, 0 for no answer
+        self.attended = threading.Lock()        # the thread of `_attend` has it; nobody waits
+
+
+class RefusedCall(ValueError):
+    """The sidecar will not do what it was asked. `status` is 0 if it may do it later."""
+
+    def __init__(self, status, text):
+        super().__init__("%d: %s" % (status, text))
+        self.status = status if status < 500 else 0
+
+
+def parse_answer(received):
+    """Return (status, JSON object) of an answer of this file's server; None: more is to come.
+
+    ValueError: it is anything else, such as another server's.
+    """
+    if b"\r\n\r\n" not in received and len(received) < MAX_HEAD_BYTES \
+            and received.startswith(b"HTTP/1.1 "[:len(received)]):
+        return None
+    head = ANSWER_HEAD.match(received)
+    if head and len(received) < head.end() + int(head.group(2)):
+        return None
+    content = head and json.loads(received[head.end():].decode())
+    if not isinstance(content, dict):
+        raise ValueError("expected the answer of a sidecar, got %.80r" % received)
+    return int(head.group(1)), content
+
+
+def finish(coroutine):
+    """Run a coroutine over Blocking, which never suspends it, to its end; return its result."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+
+
+class Blocking:
+    """Sockets for threads. OSError: a call failed, or took too long. A send is a few bytes."""
+
+    @staticmethod
+    async def connect(address, seconds):
+        return socket.create_connection(address, max(seconds, 0.001))
+
+    @staticmethod
+    async def send(connection, data):
+        connection.sendall(data)
+
+    @staticmethod
+    async def receive(connection, seconds):
+        connection.settimeout(seconds)
+        return connection.recv(65536)
+
+
+class InLoop:
+    """The same for coroutines. Between two calls a socket belongs to no loop."""
+
+    @staticmethod
+    async def connect(address, seconds):
+        import asyncio                  # here, because threads need none of it
+        connecting = connect_in_loop(asyncio.get_running_loop(), *address)
+        try:
+            return await asyncio.wait_for(connecting, max(seconds, 0.001))
+        except asyncio.TimeoutError:
+            raise socket.timeout("timed out") from None
+
+    @staticmethod
+    async def send(connection, data):
+        connection.setblocking(False)
+        connection.sendall(data)
+
+    @staticmethod
+    async def receive(connection, seconds):
+        import asyncio
+        loop = asyncio.get_running_loop()
+        # The time-out ends the wait as if the sidecar had closed the connection. wait_for would
+        # cost a task for each call.
+        timer = loop.call_later(seconds, shut_down_socket, connection)
+        try:
+            piece = await loop.sock_recv(connection, 65536)
+        except BaseException:
+            if sys.version_info < (3, 8):
+                loop.remove_reader(connection)      # a cancellation leaves it there
+            raise
+        finally:
+            timer.cancel()
+        if not piece and loop.time() >= timer.when():
+            raise socket.timeout("timed out")
+        return piece
+
+
+async def connect_in_loop(loop, host, port):
+    """Return a connected socket that does not block. What needs no look-up needs no thread."""
+    try:
+        flags = 0 if host == b"localhost" else socket.AI_NUMERICHOST
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except socket.gaierror:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for number, (family, kind, protocol, _, address) in enumerate(found, 1):
+        connection = socket.socket(family, kind, protocol)
+        connection.setblocking(False)
+        try:
+            await loop.sock_connect(connection, address)
+            return connection
+        except BaseException as error:
+            connection.close()
+            if number == len(found) or not isinstance(error, OSError):
+                raise
+
+
+def shut_down_socket(connection):
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:                     # the sidecar was faster
+        pass
+
+
+def run_in_loop(callback, tasks):
+    result = callback()
+    if hasattr(result, "__await__"):
+        import asyncio
+        tasks.append(asyncio.ensure_future(result))
 
 
 # ---- The page -----------------------------------------------------------------------------------
