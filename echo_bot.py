@@ -457,7 +457,8 @@ class Telegram:
                 self._confirmed = offset
                 return [update for update in answer["result"]
                         if isinstance(update.get("update_id"), int)]
-            if answer["error_code"] == 409 and attempt >= self.TRIES:
+            if answer["error_code"] == 409 and (attempt >= self.TRIES
+                                                or "webhook" in answer["description"]):
                 raise Refused("another poller or a webhook takes this bot's updates (409 %s)"
                               % answer["description"])
             self._back_off("getUpdates", answer, attempt)
@@ -1551,7 +1552,8 @@ class Member:
                 return self._to(JOINING if self.state == JOINING else FENCED)
         wrong = (socket.gaierror, ssl.SSLError, ConnectionResetError, BrokenPipeError)
         if not self.reached and self.failures >= FIRST_TRIES and isinstance(error, wrong):
-            raise Refused("KAFKA_BROKERS or KAFKA_SECURITY_PROTOCOL is wrong: %s" % error)
+            raise Refused("KAFKA_BROKERS, KAFKA_SECURITY_PROTOCOL or KAFKA_SSL_CERTFILE is "
+                          "wrong: %s" % error)
         delay = retry_delay(self.failures)
         log.warning("group %s: %s; trying again in %.1f s", self.settings.group, error, delay)
         self.cluster.look_again()
@@ -1987,10 +1989,10 @@ def run(source, sidecar, stopping, concurrency):
                 source.close()
                 while not stopping.requested and not sidecar.ready():
                     stopping.sleep(1)
-            elif crew.has_room(0.1):
+            elif crew.has_room(0.1) and not sidecar.draining:
                 taken = source.take()
-                if taken:
-                    crew.handle(*taken)
+                if taken and not sidecar.draining and not stopping.requested:
+                    crew.handle(*taken)         # else it comes again: nobody acknowledges it
     except EOFError:
         pass
     finally:
