@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A Telegram echo bot that loses no message when it is shut down: the reference worker of sidecar.py.
+"""A Telegram echo bot that loses no message when it is shut down: sidecar.py's reference worker.
 
     python echo_bot.py      KAFKA_BROKERS set: take updates from Kafka, send replies to Kafka
                             else BOT_TOKEN set: a Telegram bot by long polling
@@ -24,7 +24,7 @@ and for Kafka 2.2 or newer, where updates come as {"bot_id", "update"} and repli
 
     KAFKA_BROKERS, KAFKA_INCOMING_TOPIC, KAFKA_OUTGOING_TOPIC, KAFKA_CONSUMER_GROUP
     BOT_ID                  an update for another bot is passed over    every update is answered
-    KAFKA_DEAD_LETTER_TOPIC where a record goes that is no such JSON,   it is logged, and passed over
+    KAFKA_DEAD_LETTER_TOPIC where a record goes that is no such JSON,   it is logged, passed over
                             or whose reply the outgoing topic refuses
     KAFKA_SECURITY_PROTOCOL PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL  PLAINTEXT
     KAFKA_SSL_CAFILE        the CA of the brokers' certificates         the system's CAs
@@ -196,10 +196,10 @@ def reply_to(update):
         message = update["message"]
         if "text" not in message:
             return None
-        reply_parameters = {"message_id": message["message_id"], "allow_sending_without_reply": True}
-        return "sendMessage", {"chat_id": message["chat"]["id"],
-                               "text": cut("Echo: " + message["text"], 4096),
-                               "reply_parameters": reply_parameters}
+        return "sendMessage", {
+            "chat_id": message["chat"]["id"], "text": cut("Echo: " + message["text"], 4096),
+            "reply_parameters": {"message_id": message["message_id"],
+                                 "allow_sending_without_reply": True}}
     if "callback_query" in update:
         query = update["callback_query"]
         return "answerCallbackQuery", {"callback_query_id": query["id"],
@@ -208,13 +208,13 @@ def reply_to(update):
 
 
 def cut(text, limit):
-    """Return `text`, cut to `limit` UTF-16 code units, which Telegram counts; no half characters."""
+    """Return `text`, cut to `limit` UTF-16 code units, as Telegram counts; no half characters."""
     units = text.encode("utf-16-le", "surrogatepass")[:2 * limit]
     return units.decode("utf-16-le", "ignore")
 
 
 def chat_of(update):
-    """Return the id of the chat that an update is from, or None: of an inline message, or broken."""
+    """Return the id of an update's chat, or None: it is of an inline message, or broken."""
     try:
         message = update["message"] if "message" in update else update["callback_query"]["message"]
         return str(message["chat"]["id"])
@@ -234,6 +234,10 @@ class Stopping:
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
+        self.request()
+
+    def request(self):
+        """Stop as if a signal had come."""
         if not self.requested:
             self.requested_at = time.monotonic()
 
@@ -356,7 +360,7 @@ def is_stale(connected, used_at):
 
 
 class Telegram:
-    """Updates by long polling, replies as Bot API calls: https://core.telegram.org/bots/api#getupdates
+    """Updates by long polling, replies as Bot API calls: https://core.telegram.org/bots/api
 
     The offset of a getUpdates confirms every update before it, so it is the oldest one that is not
     done. Telegram hands out at once what is not confirmed: while something is in hand, it is asked
@@ -369,7 +373,7 @@ class Telegram:
     CONNECT_SECONDS = 5             # for each address of the server, and for the TLS handshake
     WINDOW = 100                    # getUpdates returns no more than this
     MAX_DELAY_SECONDS = 30.0
-    TRIES = 5                       # of a reply to which Telegram says 5xx; of polls against another
+    TRIES = 5                       # of a reply that gets a 5xx; of a poll that another one ends
 
     def __init__(self, environ, stopping, concurrency):
         self.stopping, self.concurrency = stopping, concurrency
@@ -443,7 +447,7 @@ class Telegram:
             connection.close()
 
     def _get_updates(self, seconds, limit, closing=False):
-        """Return updates, or None when a signal ended the wait. Interrupted: it was not possible."""
+        """Return updates, or None when a signal ended the wait. Interrupted: there is no time."""
         offset = self._offset
         parameters = {"offset": offset, "timeout": seconds, "limit": limit,
                       "allowed_updates": ["message", "callback_query"]}
@@ -510,7 +514,7 @@ class Telegram:
     def _ask(self, connection, method, parameters):
         """Return Telegram's answer to a call, with an error_code of None where it gave none.
 
-        Only JSON with an `ok` is Telegram's; else it is an outage: the network's, or a proxy's page.
+        Only JSON with an `ok` is Telegram's; all else is an outage, such as a proxy's page.
         """
         try:
             if connection.sock and is_stale(connection.sock, connection.used_at):
@@ -840,7 +844,7 @@ def check_head(magic, size, last, place):
 
 
 def decode_records(data, count, base):
-    """Return [(offset, key, value), ...] for the `count` records of a batch from offset `base` on."""
+    """Return [(offset, key, value), ...] for the `count` records of a batch from `base` on."""
     decoder, records = Decoder(data), []
     for _ in range(count):
         end = decoder.varint() + decoder.position
@@ -856,8 +860,8 @@ def decode_records(data, count, base):
 
 def decompress(data, codec, topic):
     """Return the records of a batch, unpacked. Refused: this Python cannot read the codec."""
-    unpackers = {1: ("gzip", gunzip), 2: ("snappy", unsnappy), 3: ("lz4", unlz4), 4: ("zstd", unzstd)}
-    name, unpack = unpackers.get(codec, ("codec %d" % codec, None))
+    name, unpack = {1: ("gzip", gunzip), 2: ("snappy", unsnappy), 3: ("lz4", unlz4),
+                    4: ("zstd", unzstd)}.get(codec, ("codec %d" % codec, None))
     try:
         if not codec:
             return data
@@ -996,7 +1000,7 @@ def copy_back(out, distance, size):
 
 
 def murmur2(key):
-    """Return the hash by which the Java client spreads keys over partitions (modulo their number)."""
+    """Return the hash by which Java's client spreads keys over partitions, modulo their number."""
     mask, mix, whole = 0xFFFFFFFF, 0x5BD1E995, len(key) & ~3
     number = 0x9747B28C ^ len(key)
     for start in range(0, whole, 4):
@@ -1126,7 +1130,7 @@ class Connection:
             self._scram(algorithm, username, self.settings.password)
 
     def _scram(self, algorithm, username, password):
-        """RFC 5802 without channel binding: each proves that it knows the password, and tells none."""
+        """RFC 5802 without channel binding: each side proves that it knows the password."""
         def mac(key, data):
             return hmac.new(key, data, algorithm).digest()
 
@@ -1175,7 +1179,8 @@ class Connection:
     def _read(self, size, seconds, api):
         data = bytearray()
         while len(data) < size:
-            part = self._wait(lambda: self.socket.recv(min(size - len(data), 1 << 20)), seconds, api)
+            left = min(size - len(data), 1 << 20)
+            part = self._wait(lambda: self.socket.recv(left), seconds, api)     # noqa: B023
             if not part:
                 raise ConnectionResetError("%s hung up without answering %s" % (self.name, api))
             data += part
@@ -1313,6 +1318,10 @@ class Partition:
                             if record[0] >= self.position and record[0] not in self.done)
         self.position = after
 
+    def may_be_handed_out(self):
+        """Return whether there is a record to hand out."""
+        return bool(self.records) and len(self.done) < WINDOW
+
     def start_anew(self):
         """Begin at the earliest offset, since the next one is not there any more."""
         self.position, self.done = None, set()
@@ -1361,7 +1370,7 @@ class Member:
     # What other threads call.
 
     def is_stable(self, seconds):
-        """Return whether updates may be taken, within `seconds`. Raises what has ended the thread."""
+        """Return whether updates may be taken, within `seconds`. Raises what ended the thread."""
         with self.changed:
             self.changed.wait_for(lambda: self.state == STABLE or self.failure, seconds)
             if self.failure:
@@ -1432,7 +1441,7 @@ class Member:
         self.cluster.close()
 
     def _give_up(self):
-        """Once we leave, a wait for the group ends at once, but not before we know our name there."""
+        """Once we leave, no answer is waited for, but the one that tells our name in the group."""
         if self.leave_by is None:
             return False
         return time.monotonic() > self.leave_by or bool(self.id) and not self.leaving
@@ -1480,8 +1489,8 @@ class Member:
 
     def _share_out(self, members):
         """Return each member's share: what the group's leader tells it in SyncGroup."""
-        topics = {member["member_id"]: Decoder(member["metadata"] or b"").value(SUBSCRIPTION)["topics"]
-                  for member in members}
+        topics = {member["member_id"]: Decoder(member["metadata"] or b"").value(
+            SUBSCRIPTION)["topics"] for member in members}
         self.cluster.looked.clear()
         counts = {topic: len(self.cluster.leaders(topic))
                   for topic in sorted(set(sum(topics.values(), [])))}
@@ -1584,9 +1593,9 @@ def retry_delay(failures):
 # ---- Kafka: the producer -------------------------------------------------------------------------
 
 class Producer:
-    """Appends records to topics, one at a time: the broker knows a repeat by our id and the sequence.
+    """Appends records to topics. A broker knows a repeat by our id and the sequence (KIP-98).
 
-    Used by one thread at a time. (KIP-98)
+    One thread at a time uses it.
     """
 
     def __init__(self, settings, give_up):
@@ -1598,7 +1607,7 @@ class Producer:
         """Append a record, and return when each replica has it.
 
         may_write(unsure) is asked before each try, and raises where the record is to be given up;
-        `unsure`: an earlier try may have written it. KafkaError: the topic does not take the record.
+        `unsure`: an earlier try may have written it. KafkaError: the topic refuses the record.
         """
         partition, unsure = None, False
         for failures in itertools.count(1):
@@ -1617,7 +1626,8 @@ class Producer:
                     raise       # before Kafka 2.4 code 2 was also what INVALID_RECORD is now
                 unsure = unsure or sending and action == UNSURE
                 delay = retry_delay(failures)
-                log.warning("writing to %s: %s; trying again in %.1f s", topic, error, delay)
+                if not failures & failures - 1:         # the 1st, 2nd, 4th, 8th ...
+                    log.warning("writing to %s: %s; trying again in %.1f s", topic, error, delay)
             self.cluster.look_again()
             self._pause(delay, may_write, unsure)
 
@@ -1683,10 +1693,12 @@ class Kafka:
 
     def __init__(self, environ, stopping):
         self.settings, self.stopping, self.member = kafka_settings(environ), stopping, None
-        self.cluster = Cluster(self.settings, lambda: stopping.requested)     # only take() uses it
+        self.cluster = Cluster(self.settings, lambda: stopping.requested)     # only take() calls it
         self.producers = collections.deque()        # those that no thread uses at the moment
-        self.fetched_at, self.failures = 0.0, 0
-        self.resting = {}           # address: (until when it is left alone, failures in a row)
+        self.failures = 0           # of take(), in a row
+        self.leaders = {}           # partition: the address of its leader, or None
+        self.readers = {}           # address: the thread that fetches from it
+        self.failure = None         # what has ended a reader, and ends the bot
 
     def take(self):
         """Return (update, receipt), or None when none came within about half a second."""
@@ -1696,23 +1708,24 @@ class Kafka:
         try:
             if not self.member.is_stable(FETCH_MS / 1000):
                 return None
-            if time.monotonic() > self.fetched_at + FETCH_MS / 1000 or not self._has_records():
-                self._fetch()
-                self.fetched_at, self.failures = time.monotonic(), 0
+            self._see_to_readers()
+            self.failures = 0
         except TROUBLE as error:
             self.failures += 1
-            delay = retry_delay(self.failures)
-            log.warning("reading %s: %s; trying again in %.1f s", self.settings.incoming, error,
-                        delay)
-            self.cluster.look_again()
-            self.stopping.sleep(delay)
+            self._wait_out(self.settings.incoming, error, self.failures)
         except Interrupted:
             return None
-        receipt = self._next()
+        with self.member.changed:
+            self.member.changed.wait_for(lambda: self.failure or any(
+                partition.may_be_handed_out() for partition in self.member.partitions),
+                FETCH_MS / 1000)
+            receipt = self._next()
+        if self.failure:
+            raise self.failure
         return receipt and (receipt.update, receipt)
 
     def reply(self, receipt, call):
-        """Produce the answer to a taken update. call: (method, parameters), as reply_to returns it."""
+        """Produce the answer to a taken update. call: what reply_to returned."""
         method, params = call
         chat = params.get("chat_id", chat_of(receipt.update))
         key = None if chat is None else str(chat).encode("utf-8", "replace")
@@ -1742,29 +1755,25 @@ class Kafka:
         while self.producers:
             self.producers.pop().cluster.close()
 
-    def _has_records(self):
-        return any(partition.records for partition in self.member.partitions)
-
     def _next(self):
         """Return the receipt of the next update, of each partition in turn, or None."""
-        with self.member.changed:
-            partitions = self.member.partitions if self.member.state == STABLE else []
-            partition = next((partition for partition in partitions
-                              if partition.records and len(partition.done) < WINDOW), None)
-            if not partition:
-                return None
-            partitions.remove(partition)        # to the end of the turn
-            partitions.append(partition)
-            record = partition.records.popleft()
-            receipt = Receipt(self.member, partition, record, self.settings.incoming)
-            if not self._open(receipt):
-                return None
-            partition.in_hand.add(receipt.offset)
-            self.member.hands += 1
-            return receipt
+        partitions = self.member.partitions if self.member.state == STABLE else []
+        partition = next(filter(Partition.may_be_handed_out, partitions), None)
+        if not partition:
+            return None
+        partitions.remove(partition)        # to the end of the turn
+        partitions.append(partition)
+        record = partition.records.popleft()
+        self.member.changed.notify_all()    # its reader may fetch more
+        receipt = Receipt(self.member, partition, record, self.settings.incoming)
+        if not self._open(receipt):
+            return None
+        partition.in_hand.add(receipt.offset)
+        self.member.hands += 1
+        return receipt
 
     def _open(self, receipt):
-        """Put the update into a receipt, or why there is none; return whether it is for this bot."""
+        """Put the update, or why there is none, into a receipt. Return whether it is for us."""
         try:
             envelope = json.loads(receipt.value)
             update, bot_id = envelope["update"], envelope["bot_id"]
@@ -1779,82 +1788,108 @@ class Kafka:
             return False
         return True
 
-    def _fetch(self):
-        """Ask every leader for what has no records left; wait only where there are none at all."""
-        topic = self.settings.incoming
-        leaders = self.cluster.leaders(topic)
-        self.member.topic_has(len(leaders))
-        now, shares = time.monotonic(), {}
-        for partition in self.member.partitions:
-            leader = leaders.get(partition.index)
-            if leader and not partition.records and now > max(
-                    partition.rests_until, self.resting.get(leader, (0, 0))[0]):
-                shares.setdefault(leader, []).append(partition)
-        for wait_ms in (0, FETCH_MS // max(1, len(shares))):
-            for leader, partitions in shares.items():
-                if not wait_ms or not self._has_records():
-                    self._fetch_from(leader, partitions, wait_ms)
-        if not leaders:
-            log.warning("topic %s does not exist yet", topic)
+    def _see_to_readers(self):
+        """Let a thread fetch from each leader, so that none waits for another."""
+        self.leaders = self.cluster.leaders(self.settings.incoming)
+        self.member.topic_has(len(self.leaders))
+        if not self.leaders:
+            log.warning("topic %s does not exist yet", self.settings.incoming)
             self.stopping.sleep(2)
-        elif not shares and not self._has_records():
-            self.stopping.sleep(FETCH_MS / 1000)
+        for leader in set(self.leaders.values()) - {None}:
+            reader = self.readers.get(leader)
+            if not (reader and reader.is_alive()):
+                self.readers[leader] = threading.Thread(
+                    target=self._read, args=(self.member, leader), daemon=True)
+                self.readers[leader].start()
 
-    def _fetch_from(self, leader, partitions, wait_ms):
-        """Fetch partitions from their leader. One that fails is left alone for a while."""
-        try:
-            for partition in partitions:
-                if partition.position is None:
-                    self._find_earliest(leader, partition)
-            answer = self.cluster.call(leader, "Fetch", dict(
-                replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
-                isolation_level=1, session_id=0, session_epoch=-1, forgotten=[], topics=[dict(
-                    name=self.settings.incoming, partitions=[dict(
-                        index=partition.index, leader_epoch=-1, offset=partition.position,
-                        log_start_offset=-1, max_bytes=PARTITION_BYTES)
-                        for partition in partitions])]), errors=False)
-            check(answer["error"], "Fetch")
-            fetched = {part["index"]: part for entry in answer["topics"]
-                       for part in entry["partitions"]}
-            for partition in partitions:
-                if partition.index in fetched:
-                    self._keep(partition, fetched[partition.index])
-            self.resting.pop(leader, None)
-        except TROUBLE as error:
-            failures = self.resting.get(leader, (0, 0))[1] + 1
-            delay = min(10, 2 * retry_delay(failures)) 
-            self.resting[leader] = time.monotonic() + delay, failures
-            self.cluster.look_again()
-            log.warning("reading %s from %s:%d: %s; trying again in %.1f s",
-                        self.settings.incoming, leader[0], leader[1], error, delay)
+    def _read(self, member, leader):
+        """Fetch from a leader what has no records left, as long as it leads anything for us."""
+        def ended():
+            return (self.stopping.requested or self.member is not member
+                    or leader not in self.leaders.values())
 
-    def _find_earliest(self, leader, partition):
-        answer = self.cluster.call(leader, "ListOffsets", dict(
+        def hungry():
+            return [partition for partition in member.partitions if not partition.records
+                    and self.leaders.get(partition.index) == leader
+                    and time.monotonic() > partition.rests_until]
+
+        cluster, failures = Cluster(self.settings, ended), 0
+        while not ended():
+            with member.changed:
+                partitions = member.changed.wait_for(hungry, FETCH_MS / 1000)
+            try:
+                if partitions:
+                    self._fetch(cluster, leader, member, partitions)
+                failures = 0
+            except TROUBLE as error:
+                failures += 1
+                self._wait_out("%s from %s:%d" % ((self.settings.incoming,) + leader), error,
+                               failures)
+            except Interrupted:
+                break
+            except Exception as error:
+                self.failure = error
+                break
+        cluster.close()
+
+    def _wait_out(self, what, error, failures):
+        delay = retry_delay(failures)
+        log.warning("reading %s: %s; trying again in %.1f s", what, error, delay)
+        self.cluster.look_again()
+        self.stopping.sleep(delay)
+
+    def _fetch(self, cluster, leader, member, partitions):
+        """Fetch partitions from their leader, which waits for FETCH_MS where it has nothing."""
+        for partition in partitions:
+            if partition.position is None:
+                earliest = self._find_earliest(cluster, leader, partition)
+                with member.changed:
+                    partition.position = earliest
+        asked = {partition.index: partition.position for partition in partitions}
+        answer = cluster.call(leader, "Fetch", dict(
+            replica_id=-1, max_wait_ms=FETCH_MS, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
+            isolation_level=1, session_id=0, session_epoch=-1, forgotten=[], topics=[dict(
+                name=self.settings.incoming, partitions=[dict(
+                    index=index, leader_epoch=-1, offset=offset, log_start_offset=-1,
+                    max_bytes=PARTITION_BYTES) for index, offset in asked.items()])]), errors=False)
+        check(answer["error"], "Fetch")
+        fetched = {part["index"]: part for entry in answer["topics"]
+                   for part in entry["partitions"]}
+        for partition in partitions:
+            if partition.index in fetched:
+                self._keep(member, partition, asked[partition.index], fetched[partition.index])
+
+    def _find_earliest(self, cluster, leader, partition):
+        answer = cluster.call(leader, "ListOffsets", dict(
             replica_id=-1, isolation_level=1, topics=[dict(
                 name=self.settings.incoming,
                 partitions=[dict(index=partition.index, time_ms=-2)])]))    # -2: the earliest
-        with self.member.changed:
-            partition.position = answer["topics"][0]["partitions"][0]["offset"]
+        found = [part["offset"] for entry in answer["topics"] for part in entry["partitions"]]
+        if not found:
+            raise Malformed("an answer without the earliest offset")
+        return found[0]
 
-    def _keep(self, partition, part):
-        """Keep what a Fetch brought of a partition, or note why it brought nothing."""
-        topic, code = self.settings.incoming, part["error"]
+    def _keep(self, member, partition, offset, part):
+        """Keep what a Fetch from an offset on brought, or note why it brought nothing."""
+        topic, code, batches = self.settings.incoming, part["error"], []
         if ERRORS.get(code, ("", TRY))[1] == START:
             log.warning("%s, partition %d: offset %d is not there any more: from the earliest on",
-                        topic, partition.index, partition.position)
-            with self.member.changed:
+                        topic, partition.index, offset)
+        else:
+            check(code, "Fetch (%s, partition %d)" % (topic, partition.index))
+            try:
+                batches.extend(decode_batches(part["records"] or b"", part["aborted"], topic))
+            except Malformed as error:
+                partition.rests_until = time.monotonic() + 1
+                log.warning("partition %d: %s; trying again in 1 s", partition.index, error)
+        with member.changed:
+            if partition.position != offset:        # a new leader was faster than this one
+                return
+            if code:
                 partition.start_anew()
-            return
-        check(code, "Fetch (%s, partition %d)" % (topic, partition.index))
-        try:
-            batches = list(decode_batches(part["records"] or b"", part["aborted"], topic))
-        except Malformed as error:
-            partition.rests_until = time.monotonic() + 1
-            log.warning("%s, partition %d: %s; trying again in 1 s", topic, partition.index, error)
-            return
-        with self.member.changed:
             for after, records in batches:
                 partition.fill(after, records)
+            member.changed.notify_all()
 
     def _bury(self, receipt):
         """Write a record that is passed over to KAFKA_DEAD_LETTER_TOPIC, where there is one."""
@@ -1870,7 +1905,8 @@ class Kafka:
         try:
             producer = self.producers.pop()
         except IndexError:
-            producer = Producer(self.settings, lambda: self.stopping.for_longer_than(UNSURE_SECONDS))
+            producer = Producer(self.settings,
+                                lambda: self.stopping.for_longer_than(UNSURE_SECONDS))
         try:
             producer.append(topic, key, value, lambda unsure: self._may_write(receipt, unsure))
             self.producers.append(producer)
@@ -1901,50 +1937,47 @@ class Kafka:
 class Crew:
     """Handles up to `size` updates at once, each on a thread, those of one chat one after another.
 
-    A thread waits until the update before it of the same chat is done; it was handed out earlier,
-    so it never waits for one that has no thread yet.
+    A thread waits until the update before it of the same chat is done; that one was handed out
+    earlier, so it has a thread too.
     """
 
-    def __init__(self, source, sidecar, size):
-        self.source, self.sidecar, self.size = source, sidecar, size
-        self.work = queue.Queue()       # (update, receipt, the update before it, this one)
+    def __init__(self, source, sidecar, stopping, size):
+        self.source, self.sidecar, self.stopping, self.size = source, sidecar, stopping, size
+        self.work = queue.Queue()       # (update, receipt, the end of the one before, its own end)
         self.threads = 0
         self.changed = threading.Condition()        # guards what follows
         self.in_hand = 0
-        self.last = {}                  # chat: an Event for the end of its last update in hand
+        self.last = {}                  # chat: the end, an Event, of its last update in hand
         self.failure = None             # the first exception that ends the bot
 
     def has_room(self, seconds):
-        """Return whether one more update may be taken, within `seconds`. Raises what ends the bot."""
-        return self._wait(lambda: self.in_hand < self.size, seconds)
+        """Return whether one more update may be taken, within `seconds`."""
+        with self.changed:
+            return self.changed.wait_for(lambda: self.in_hand < self.size, seconds)
 
     def finish(self):
         """Return when nothing is in hand any more. Raises what ends the bot."""
-        self._wait(lambda: not self.in_hand, None)
-
-    def _wait(self, condition, seconds):
         with self.changed:
-            self.changed.wait_for(lambda: self.failure or condition(), seconds)
+            self.changed.wait_for(lambda: not self.in_hand)
             if self.failure:
                 raise self.failure
-            return condition()
 
-    def handle(self, update, receipt):
-        """Begin with an update."""
-        chat, done = chat_of(update), threading.Event()
+    def begin(self, update, receipt):
+        """Let a thread handle an update; there is room."""
+        chat, end = chat_of(update), threading.Event()
         with self.changed:
             self.in_hand += 1
             before = self.last.get(chat)
             if chat is not None:
-                self.last[chat] = done
-            if self.in_hand > self.threads:
-                self.threads += 1
-                threading.Thread(target=self._work, daemon=True).start()
-        self.work.put((update, receipt, before, done))
+                self.last[chat] = end
+        self.work.put((update, receipt, before, end))
+        if self.in_hand > self.threads:
+            self.threads += 1
+            threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self):
         while True:
-            update, receipt, before, done = self.work.get()
+            update, receipt, before, end = self.work.get()
             failure = None
             try:
                 with self.sidecar.track():
@@ -1955,11 +1988,12 @@ class Crew:
                 pass
             except Exception as error:
                 failure = error
-            done.set()
+                self.stopping.request()
+            end.set()
             with self.changed:
                 self.in_hand -= 1
                 self.failure = self.failure or failure
-                if self.last.get(chat_of(update)) is done:
+                if self.last.get(chat_of(update)) is end:
                     del self.last[chat_of(update)]
                 self.changed.notify_all()
 
@@ -1979,7 +2013,7 @@ def handle(source, update, receipt):
 
 def run(source, sidecar, stopping, concurrency):
     """Take, track, reply, and only then acknowledge; until a signal comes or there are no more."""
-    crew = Crew(source, sidecar, concurrency)
+    crew = Crew(source, sidecar, stopping, concurrency)
     sidecar.reset()
     try:
         while not stopping.requested:
@@ -1992,9 +2026,12 @@ def run(source, sidecar, stopping, concurrency):
             elif crew.has_room(0.1) and not sidecar.draining:
                 taken = source.take()
                 if taken and not sidecar.draining and not stopping.requested:
-                    crew.handle(*taken)         # else it comes again: nobody acknowledges it
+                    crew.begin(*taken)          # else it comes again: nobody acknowledges it
     except EOFError:
         pass
+    except BaseException:
+        stopping.request()
+        raise
     finally:
         try:
             crew.finish()

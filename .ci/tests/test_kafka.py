@@ -180,10 +180,12 @@ def report(case, sent, replies, seconds):
 
 class Proxy:
     """A TCP proxy before a broker. `spoil`, where set, gets each piece of an answer and returns
-    what to pass on; where that is shorter, the connection is cut after it."""
+    what to pass on; where that is shorter, the connection is cut after it. A connection that lay
+    idle for `forgets_after` seconds, where set, passes nothing any more and stays open."""
 
     def __init__(self, target):
         self.target, self.spoil, self.server = target, None, socket.socket()
+        self.forgets_after = None
         self.server.bind(("127.0.0.1", 0))
         self.server.listen(50)
         self.port = self.server.getsockname()[1]
@@ -210,9 +212,14 @@ class Proxy:
             requests.join()
 
     def _pass(self, source, sink, answers):
+        used_at, forgotten = time.monotonic(), False
         try:
             while True:
                 data = source.recv(1 << 16)
+                idle, used_at = time.monotonic() - used_at, time.monotonic()
+                forgotten = forgotten or self.forgets_after and idle > self.forgets_after
+                if forgotten and data:
+                    continue
                 passed = self.spoil(data) if answers and data and self.spoil else data
                 sink.sendall(passed)
                 if not data or len(passed) < len(data):
@@ -682,6 +689,30 @@ class TestKafkaMock(KafkaCase):
                              str(json.loads(record.value())["params"]["chat_id"]))
 
 
+def make_certificates(folder):
+    """Make a CA, and a certificate of it for `localhost` alone; return its file, with the key
+    in it."""
+    def openssl(*argv):
+        subprocess.run(["openssl"] + list(argv), cwd=folder, check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for name in ("ca", "other"):
+        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+                "/CN=Test " + name, "-keyout", name + ".key", "-out", name + ".pem")
+    with open(os.path.join(folder, "names"), "w") as file:
+        file.write("subjectAltName=DNS:localhost\n")
+    openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout",
+            "broker.key", "-out", "broker.csr")
+    openssl("x509", "-req", "-in", "broker.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+            "-CAcreateserial", "-days", "2", "-extfile", "names", "-out", "broker.crt")
+    openssl("pkcs8", "-topk8", "-nocrypt", "-in", "broker.key", "-out", "broker.p8")
+    path = os.path.join(folder, "broker.pem")
+    with open(path, "w") as file:
+        for name in ("broker.p8", "broker.crt"):
+            with open(os.path.join(folder, name)) as part:
+                file.write(part.read())
+    return path
+
+
 @needs_kafka
 class TestKafka(KafkaCase):
     """Against a real Apache Kafka, one node in KRaft mode."""
@@ -690,7 +721,7 @@ class TestKafka(KafkaCase):
     def setUpClass(cls):
         cls.folder = tempfile.mkdtemp()
         cls.authority = os.path.join(cls.folder, "ca.pem")
-        certificate = cls.make_certificates() if shutil.which("openssl") else None
+        certificate = make_certificates(cls.folder) if shutil.which("openssl") else None
         cls.node = KafkaNode(certificate=certificate)
         cls.use(cls.node)
 
@@ -698,30 +729,6 @@ class TestKafka(KafkaCase):
     def tearDownClass(cls):
         super().tearDownClass()
         shutil.rmtree(cls.folder, ignore_errors=True)
-
-    @classmethod
-    def make_certificates(cls):
-        """Make a CA, and a certificate of it for `localhost` alone; return its file, with the key
-        in it."""
-        def openssl(*argv):
-            subprocess.run(["openssl"] + list(argv), cwd=cls.folder, check=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for name in ("ca", "other"):
-            openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-                    "/CN=Test " + name, "-keyout", name + ".key", "-out", name + ".pem")
-        with open(os.path.join(cls.folder, "names"), "w") as file:
-            file.write("subjectAltName=DNS:localhost\n")
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout",
-                "broker.key", "-out", "broker.csr")
-        openssl("x509", "-req", "-in", "broker.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
-                "-CAcreateserial", "-days", "2", "-extfile", "names", "-out", "broker.crt")
-        openssl("pkcs8", "-topk8", "-nocrypt", "-in", "broker.key", "-out", "broker.p8")
-        path = os.path.join(cls.folder, "broker.pem")
-        with open(path, "w") as file:
-            for name in ("broker.p8", "broker.crt"):
-                with open(os.path.join(cls.folder, name)) as part:
-                    file.write(part.read())
-        return path
 
     # -- what is read, and what is written --
 
@@ -848,7 +855,7 @@ class TestKafka(KafkaCase):
             Replies(self).read(50)
             return self.end(bot)
         self.assertEqual(bot.wait(), 1)
-        self.assertRegex(bot.lines[-2], "%s has messages compressed with zstd.*Python 3.14.*"
+        self.assertRegex(bot.lines[-1], "%s has messages compressed with zstd.*Python 3.14.*"
                                         "compression.type.*reset-offsets" % self.incoming)
 
     def test_what_has_expired_is_no_lag(self):
@@ -1015,7 +1022,7 @@ class TestKafka(KafkaCase):
         first = self.source()[0]
         _, receipt = until(first.take, "an update")
         bot = self.bot()
-        until(lambda: first.member.state == "rebalancing", "the rebalance, which the update in hand holds up")
+        until(lambda: first.member.state == "rebalancing", "the update in hand holds it up")
         bot.signal(signal.SIGTERM)
         self.assertEqual(bot.wait(), 0)
         self.assertNotIn("generation", bot.log)
@@ -1107,19 +1114,20 @@ class TestKafka(KafkaCase):
 
     def test_what_is_done_out_of_order_is_not_done_again(self):
         self.topics(incoming=1, outgoing=1)
-        self.write([dict(value=envelope(0, chat=0, text="slow"))] + self.updates(100, first=1))
-        code = ("import echo_bot, threading; answer = echo_bot.reply_to; echo_bot.reply_to = lambda "
-                "update: threading.Event().wait() if 'slow' in str(update) else answer(update); ")
+        self.write([dict(value=envelope(0, chat=-1, text="slow"))] + self.updates(100, first=1))
+        code = ("import echo_bot, threading; answer = echo_bot.reply_to; echo_bot.reply_to = "
+                "lambda update: threading.Event().wait() if 'slow' in str(update) else answer(update); ")
         bot = self.bot(code=code)
         replies = Replies(self).read(100)
-        from confluent_kafka import TopicPartition
-        consumer = self.consumer(self.group)
-        part = TopicPartition(self.incoming, 0)
+        cluster = echo_bot.Cluster(self.source()[0].settings, lambda: False)
+        self.addCleanup(cluster.close)
 
         def committed():
-            return consumer.committed([part], timeout=PATIENCE)[0]
-        until(lambda: (committed().metadata or "").endswith(",100"), "the group is told")
-        self.assertEqual(committed().offset, 0, "nothing is committed beyond what is not done")
+            answer = cluster.call(cluster.coordinator(), "OffsetFetch", dict(
+                group=self.group, topics=[dict(name=self.incoming, partitions=[0])]))
+            return answer["topics"][0]["partitions"][0]
+        until(lambda: (committed()["metadata"] or "").endswith(",100"), "the group is told")
+        self.assertEqual(committed()["offset"], 0, "nothing is committed beyond what is not done")
         bot.kill()
         bot = self.bot()
         replies.read(101)
@@ -1144,34 +1152,7 @@ class TestKafka(KafkaCase):
         self.end(bot)
         self.assertEqual(set(replies.rest().texts.values()), {1})
 
-    # -- what cannot be written --
-
-    def test_a_reply_that_cannot_be_written_is_left_to_the_next_bot_and_answered_once(self):
-        from confluent_kafka.admin import (AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic)
-        self.topics(incoming=1)
-        admin = self.admin()
-        for future in admin.create_topics([NewTopic(self.outgoing, 1, 1, config={
-                "min.insync.replicas": "2"})]).values():
-            future.result()
-        self.write(self.updates(20))
-        # As if the group's 60 s and ours of 40 s were 12 and 4.
-        code = "import echo_bot; echo_bot.REBALANCE_MS = 12000; echo_bot.LET_GO_SECONDS = 4; "
-        first = self.bot(code=code)
-        first.wait_for("NOT_ENOUGH_REPLICAS")
-        second = self.bot(code=code)
-        first.wait_for("is left to who comes next")
-        second.wait_for("generation")
-        entry = ConfigEntry("min.insync.replicas", "1",
-                            incremental_operation=AlterConfigOpType.SET)
-        resource = ConfigResource(ConfigResource.Type.TOPIC, self.outgoing,
-                                  incremental_configs=[entry])
-        for future in admin.incremental_alter_configs([resource]).values():
-            future.result()
-        replies = Replies(self).read(20)
-        until(lambda: self.lag(1) == 0, "all is committed")
-        self.end(first, second)
-        self.assertNotIn("xpelled", first.log + second.log)
-        self.assertEqual(set(replies.rest().texts.values()), {1})
+    # -- topics that change --
 
     def delete(self, topic):
         admin = self.admin()
@@ -1247,6 +1228,22 @@ class TestKafka(KafkaCase):
         self.assertGreater(len(cuts), 5)
         self.assertEqual(set(replies.rest().texts.values()), {1},
                          "what was tried again counts once")
+
+    def test_a_connection_that_lay_idle_is_not_trusted(self):
+        self.topics(incoming=1, outgoing=1)
+        brokers = self.proxied()
+        self.addCleanup(setattr, self.node.proxy, "forgets_after", None)
+        self.node.proxy.forgets_after = 2       # as a firewall does, without a word
+        bot = self.bot(KAFKA_BROKERS=brokers, code="import echo_bot; echo_bot.IDLE_SECONDS = 1; ")
+        replies = Replies(self)
+        self.write(self.updates(1))
+        replies.read(1)
+        time.sleep(3)
+        self.write(self.updates(1, first=1))
+        replies.read(2)
+        self.end(bot)
+        self.assertNotIn("trying again", bot.log)
+        self.assertEqual(set(replies.rest().texts.values()), {1})
 
     def test_a_corrupt_batch_is_an_error_and_no_message(self):
         self.topics(incoming=1, outgoing=1)
@@ -1435,6 +1432,125 @@ class TestKafkaCluster(KafkaCase):
         self.end(bot)
         self.assertEqual(replies.rest().texts, collections.Counter(["Echo: m0"]))
 
+    def assigned(self, topic, *nodes, **config):
+        """Create a topic with a partition for each node, which is its only replica."""
+        from confluent_kafka.admin import NewTopic
+        admin = self.admin()
+        admin.create_topics([NewTopic(topic, len(nodes), config=config, replica_assignment=[
+            [node] for node in nodes])])[topic].result()
+
+    def test_no_partition_waits_for_another_to_be_empty(self):
+        # 0, 1 and 2 are led by three nodes, 3 to 5 by the first of them; in 3 and 4 no batch fits
+        # into a partition's share of a fetch.
+        self.assigned(self.incoming, 1, 2, 3, 1, 1, 1)
+        self.assigned(self.outgoing, 1)
+        self.write([dict(record, partition=0) for record in self.updates(3000)])
+        large = "x" * 3000
+        for partition in 3, 4:
+            self.write([dict(value=envelope(number, text="%d-%d %s" % (partition, number, large)),
+                             partition=partition) for number in range(100)],
+                       **{"linger.ms": 500, "batch.size": 900000})
+        for partition in 1, 2, 5:
+            self.write([dict(value=envelope(number, text="%d-%d " % (partition, number)),
+                             partition=partition) for number in range(10)])
+        bot = self.bot()
+        replies = Replies(self).read(3230)
+        self.end(bot)
+        order = [json.loads(record.value())["params"]["text"] for record in replies.records]
+        for partition in 1, 2, 3, 4, 5:
+            last = max(order.index(text) for text in order if
+                       re.match("Echo: %d-[0-9] " % partition, text))
+            self.assertLess(last, 1000, "the tenth of partition %d" % partition)
+
+    def coordinator(self):
+        """Return the number of the node that is our group's coordinator."""
+        settings = self.source()[0].settings
+        cluster = echo_bot.Cluster(settings, lambda: False)
+        self.addCleanup(cluster.close)
+        return until(lambda: self.answer(cluster))["node"]
+
+    def answer(self, cluster):
+        try:
+            return cluster.call_any("FindCoordinator", dict(key=self.group, key_type=0))
+        except echo_bot.KafkaError:         # the topic of the offsets is being made
+            return None
+
+    def test_a_broker_that_cannot_be_reached_stops_no_partition_of_the_others(self):
+        over = threading.Event()
+        self.addCleanup(over.set)
+        for spoil in lambda data: b"", lambda data: (over.wait(PATIENCE), b"")[1]:
+            self.setUp()
+            first, second, away = sorted((1, 2, 3), key=lambda node: (
+                node != self.coordinator(), node))
+            self.assigned(self.incoming, first, second, away)
+            self.assigned(self.outgoing, first, second)
+            proxy = self.nodes[away - 1].proxy
+            self.addCleanup(setattr, proxy, "spoil", None)
+            proxy.spoil = spoil
+            bot = self.bot(KAFKA_BROKERS=",".join(
+                "localhost:%d" % self.nodes[node - 1].proxy.port for node in (first, second)))
+            self.write([dict(value=envelope(number, text="first-%d" % number), partition=number % 3)
+                        for number in range(3)])
+            replies = Replies(self).read(2)
+            bot.wait_for("trying again")
+            started, producer = time.monotonic(), self.producer()
+            for number in range(3, 63):         # one at a time
+                producer.produce(self.incoming, envelope(number), partition=number % 2)
+                producer.flush(PATIENCE)
+                replies.read(number)
+            print("\n60 updates beside a broker that cannot be reached: %.1f s"
+                  % (time.monotonic() - started), file=sys.stderr)
+            self.assertNotIn("first-2", str(replies.texts))
+            over.set()
+            proxy.spoil = None
+            replies.read(63)
+            self.end(bot)
+            self.assertEqual(set(replies.rest().texts.values()), {1})
+
+    def wants_every_replica(self):
+        """Create the outgoing topic so that all three nodes must be there for each reply."""
+        from confluent_kafka.admin import NewTopic
+        admin = self.admin()
+        admin.create_topics([NewTopic(self.outgoing, 1, 3, config={
+            "min.insync.replicas": "3"})])[self.outgoing].result()
+
+    def test_a_reply_that_cannot_be_written_is_left_to_the_next_bot_and_answered_once(self):
+        self.assigned(self.incoming, 1)
+        self.wants_every_replica()
+        self.write(self.updates(20))
+        self.nodes[2].stop()
+        # As if the group's 60 s and ours of 40 s were 12 and 4.
+        code = "import echo_bot; echo_bot.REBALANCE_MS = 12000; echo_bot.LET_GO_SECONDS = 4; "
+        first = self.bot(code=code)
+        first.wait_for("NOT_ENOUGH_REPLICAS; trying again")
+        second = self.bot(code=code)
+        first.wait_for("is left to who comes next")
+        second.wait_for("generation")
+        self.nodes[2].start()
+        replies = Replies(self).read(20)
+        until(lambda: self.lag(1) == 0, "all is committed")
+        self.end(first, second)
+        self.assertNotIn("xpelled", first.log + second.log)
+        self.assertEqual(set(replies.rest().texts.values()), {1})
+
+    def test_who_is_expelled_while_a_reply_cannot_be_written_does_not_write_it_afterwards(self):
+        self.assigned(self.incoming, 1)
+        self.wants_every_replica()
+        self.write(self.updates(20))
+        self.nodes[2].stop()
+        # It would go on for longer than the group waits.
+        code = "import echo_bot; echo_bot.REBALANCE_MS = 6000; "
+        first = self.bot(code=code)
+        first.wait_for("NOT_ENOUGH_REPLICAS; trying again")
+        second = self.bot(code=code)
+        first.wait_for("xpelled from the group")
+        first.wait_for("is left to who comes next")
+        self.nodes[2].start()
+        replies = Replies(self).read(20)
+        until(lambda: self.lag(1) == 0, "all is committed")
+        self.end(first, second)
+        self.assertEqual(set(replies.rest().texts.values()), {1})
+
     def test_a_node_dies_and_comes_back(self):
         self.topics(replicas=3, incoming=6, outgoing=6)
         self.write(self.updates(4000))
@@ -1453,6 +1569,70 @@ class TestKafkaCluster(KafkaCase):
         until(lambda: self.lag(6) == 0, "all is committed")
         self.end(*bots)
         report(self, 4000, replies.rest(), time.monotonic() - started)
+
+
+@needs_kafka
+@needs("openssl", shutil.which("openssl"))
+class TestKafkaStrict(KafkaCase):
+    """Against a Kafka that creates no topics by itself, closes what lies idle for 3 s, and wants a
+    certificate of clients that speak TLS."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp()
+        cls.authority = os.path.join(cls.folder, "ca.pem")
+        cls.certificate = make_certificates(cls.folder)
+        cls.use(KafkaNode(certificate=cls.certificate, **{
+            "auto.create.topics.enable": "false", "connections.max.idle.ms": 3000,
+            "ssl.client.auth": "required", "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": cls.authority}))
+
+    @classmethod
+    def tearDownClass(cls):
+        super().tearDownClass()
+        shutil.rmtree(cls.folder, ignore_errors=True)
+
+    def test_sigterm_ends_it_within_seconds_without_the_outgoing_topic(self):
+        self.topics(incoming=1)
+        self.write(self.updates(3))
+        bot = self.bot()
+        bot.wait_for("UNKNOWN_TOPIC_OR_PARTITION; trying again")
+        started = time.monotonic()
+        self.end(bot)
+        self.assertLess(time.monotonic() - started, 20, bot.log)
+        self.topics(outgoing=1)
+        bot = self.bot()
+        replies = Replies(self).read(3)
+        self.end(bot)
+        self.assertEqual(set(replies.rest().texts.values()), {1})
+
+    def test_a_broker_that_closes_an_idle_connection_is_no_warning(self):
+        self.topics(incoming=1, outgoing=1)
+        bot, replies = self.bot(), Replies(self)
+        for number in range(2):
+            self.write(self.updates(1, first=number))
+            replies.read(number + 1)
+            time.sleep(5 * (1 - number))        # the broker looks for idle ones now and then
+        self.end(bot)
+        self.assertNotIn("trying again", bot.log)
+
+    def test_a_client_certificate(self):
+        self.topics(incoming=1, outgoing=1)
+        self.write(self.updates(1))
+        key = os.path.join(self.folder, "broker.p8")
+        certificate = os.path.join(self.folder, "broker.crt")
+        env = dict(KAFKA_BROKERS="localhost:%d" % self.nodes[0].ports["SSL"],
+                   KAFKA_SECURITY_PROTOCOL="SSL", KAFKA_SSL_CAFILE=self.authority)
+        bot = self.bot(KAFKA_SSL_CERTFILE=certificate, KAFKA_SSL_KEYFILE=key, **env)
+        replies = Replies(self).read(1)
+        self.end(bot)
+        self.write(self.updates(1, first=1))
+        bot = self.bot(KAFKA_SSL_CERTFILE=self.certificate, **env)      # with the key in it
+        replies.read(2)
+        self.end(bot)
+        bot = self.bot(**env)
+        self.assertEqual(bot.wait(), 1, bot.log)
+        self.assertIn("KAFKA_SSL_CERTFILE", bot.lines[-1])
 
 
 if __name__ == "__main__":
