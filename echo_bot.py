@@ -1965,6 +1965,7 @@ class Crew:
     def begin(self, update, receipt):
         """Let a thread handle an update; there is room."""
         chat, end = chat_of(update), threading.Event()
+        end.given_up = False
         with self.changed:
             self.in_hand += 1
             before = self.last.get(chat)
@@ -1983,9 +1984,11 @@ class Crew:
                 with self.sidecar.track():
                     if before:
                         before.wait()
+                    if before and before.given_up and self.stopping.requested:
+                        raise Interrupted       # so that it does not come before that one
                     handle(self.source, update, receipt)
             except Interrupted:
-                pass
+                end.given_up = True
             except Exception as error:
                 failure = error
                 self.stopping.request()
