@@ -1309,7 +1309,7 @@ class Partition:
         if following is None:
             return None
         mark = min(self.in_hand | {following})
-        self.done = {offset for offset in self.done if offset > mark}
+        self.done = {offset for offset in self.done if offset >= mark}
         return mark, frozenset(self.done)
 
     def fill(self, after, records):
@@ -1551,8 +1551,11 @@ class Member:
             self.heard_at = time.monotonic()
             if code == 79:          # MEMBER_ID_REQUIRED: the answer has it
                 self.id = error.answer["member_id"]
+                return
             with self.changed:
-                return self._to(REBALANCING)
+                self._to(REBALANCING)
+                self.changed.wait_for(lambda: self.state == LEFT, 0.1)
+            return
         self.failures += 1
         if action == EXPELLED:
             log.warning("expelled from the group: %s", error)
