@@ -389,7 +389,9 @@ class Telegram:
         self._proxy = None
         if self._url.scheme == "https" and not urllib.request.proxy_bypass(self._url.hostname):
             proxy = urllib.request.getproxies().get("https")
-            self._proxy = proxy and split_url("HTTPS_PROXY", proxy, ("http",))
+            if proxy:
+                proxy = proxy if "://" in proxy else "http://" + proxy
+                self._proxy = split_url("HTTPS_PROXY", proxy, ("http",))
         self._polling, self._idle = self._new_connection(), collections.deque()
         self._updates = collections.deque()         # received, not handed out
         self._changed = threading.Condition()       # guards the next two
@@ -457,10 +459,10 @@ class Telegram:
             if answer is None:      # its thread may still use the connection
                 self._polling = self._new_connection()
                 return None
-            if answer["ok"]:
+            if answer["ok"] and isinstance(answer.get("result"), list):
                 self._confirmed = offset
-                return [update for update in answer["result"]
-                        if isinstance(update.get("update_id"), int)]
+                return [update for update in answer["result"] if isinstance(update, dict)
+                        and isinstance(update.get("update_id"), int)]
             if answer["error_code"] == 409 and (attempt >= self.TRIES
                                                 or "webhook" in answer["description"]):
                 raise Refused("another poller or a webhook takes this bot's updates (409 %s)"
@@ -475,7 +477,7 @@ class Telegram:
             if answer["ok"]:
                 return
             if moved_to and attempt == 1:
-                log.info("chat %s has become %s", parameters["chat_id"], moved_to)
+                log.info("chat %s has become %s", parameters.get("chat_id"), moved_to)
                 parameters = dict(parameters, chat_id=moved_to)
             elif (code and (400 <= code < 500 or attempt >= self.TRIES)
                   and code not in (401, 404, 429)):
@@ -1074,13 +1076,13 @@ class Connection:
     """A connection to one broker, logged in; one request at a time.
 
     It raises OSError (the network), Malformed or KafkaError (the answer), Refused (a login, a
-    certificate, a broker too old), and Interrupted when give_up() is true, which it asks several
+    certificate, a broker too old), and Interrupted when ended() is true, which it asks several
     times a second. After a KafkaError it may be used again, after any other it is to be closed.
     """
 
-    def __init__(self, address, settings, give_up):
-        self.name, self.settings, self.give_up = "%s:%d" % address, settings, give_up
-        self.count, self.used_at = 0, time.monotonic()
+    def __init__(self, address, settings, ended):
+        self.name, self.settings, self.ended = "%s:%d" % address, settings, ended
+        self.correlation_id, self.used_at = 0, time.monotonic()
         try:
             self.socket = socket.create_connection(address, CONNECT_SECONDS)
         except OSError as error:
@@ -1103,7 +1105,7 @@ class Connection:
         """Return operation(), which is tried again each time the socket's time-out ends it."""
         deadline = time.monotonic() + seconds
         self.socket.settimeout(0.2)
-        while not self.give_up():
+        while not self.ended():
             try:
                 return operation()
             except socket.timeout:
@@ -1155,13 +1157,14 @@ class Connection:
     def call(self, api, request, seconds=ANSWER_SECONDS, errors=True):
         """Send a request and return its answer; with `errors`, raise the first error code in it."""
         key, version, schema, expected = APIS[api]
-        self.count += 1
-        frame = encode(HEADER, dict(key=key, version=version, correlation_id=self.count,
-                                    client_id="echo-bot")) + encode(schema, request)
+        self.correlation_id += 1
+        head = dict(key=key, version=version, correlation_id=self.correlation_id,
+                    client_id="echo-bot")
+        frame = encode(HEADER, head) + encode(schema, request)
         self.socket.settimeout(ANSWER_SECONDS)
         self.socket.sendall(struct.pack(">i", len(frame)) + frame)
         size, correlation_id = struct.unpack(">ii", self._read(8, seconds, api))
-        if correlation_id != self.count or not 4 <= size <= LARGEST_BYTES:
+        if correlation_id != self.correlation_id or not 4 <= size <= LARGEST_BYTES:
             raise Malformed("the head of an answer of " + self.name)
         decoder = Decoder(self._read(size - 4, seconds, api))
         self.used_at = time.monotonic()
@@ -1193,9 +1196,9 @@ class Cluster:
     An address is (host, port). It raises what Connection does.
     """
 
-    def __init__(self, settings, give_up):
-        self.settings, self.give_up = settings, give_up
-        self.known = set(settings.brokers)
+    def __init__(self, settings, ended):
+        self.settings, self.ended = settings, ended
+        self.brokers = set(settings.brokers)      # their addresses
         self.connections = {}
         self.looked = {}            # topic: (when, {partition: its leader's address, or None})
         self.coordinator_at = None
@@ -1207,7 +1210,7 @@ class Cluster:
             self._close(address)
         try:
             if address not in self.connections:
-                self.connections[address] = Connection(address, self.settings, self.give_up)
+                self.connections[address] = Connection(address, self.settings, self.ended)
             return self.connections[address].call(api, request, **options)
         except KafkaError:
             raise
@@ -1221,7 +1224,7 @@ class Cluster:
             return address not in self.connections, random.random()
 
         failure = None
-        for address in sorted(self.known, key=rank):
+        for address in sorted(self.brokers, key=rank):
             try:
                 return self.call(address, api, request, **options)
             except OSError as error:
@@ -1237,7 +1240,7 @@ class Cluster:
         answer = self.call_any("Metadata", dict(topics=[topic], create=create), errors=False)
         brokers = {broker["node"]: (broker["host"], broker["port"])
                    for broker in answer["brokers"]}
-        self.known = set(brokers.values()) | set(self.settings.brokers)
+        self.brokers = set(brokers.values()) | set(self.settings.brokers)
         leaders = {}
         for found in answer["topics"]:
             if found["error"] != 3:         # UNKNOWN_TOPIC_OR_PARTITION
@@ -1351,7 +1354,7 @@ class Member:
 
     def __init__(self, settings):
         self.settings, self.id, self.generation = settings, "", -1
-        self.count = None           # of the topic's partitions; only the group's leader knows
+        self.partition_count = None     # of the topic; only the group's leader knows it
         self.failures = 0           # in a row
         self.reached = False        # whether a coordinator has ever answered
         self.beat_at = 0.0          # when the next heartbeat is due
@@ -1363,7 +1366,7 @@ class Member:
         self.heard_at = 0.0         # when the group last knew us
         self.rebalance_at = 0.0     # when the state became REBALANCING
         self.failure = None         # what has ended the thread: the bot ends with it
-        self.cluster = Cluster(settings, self._give_up)
+        self.cluster = Cluster(settings, self._is_over)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -1380,7 +1383,7 @@ class Member:
     def topic_has(self, count):
         """Say how many partitions the topic has: where that is new, the group's leader acts."""
         with self.changed:
-            if self.count not in (None, count):
+            if self.partition_count not in (None, count):
                 self._to(REBALANCING)
 
     def owns(self, partition):
@@ -1440,7 +1443,7 @@ class Member:
                 self.changed.notify_all()
         self.cluster.close()
 
-    def _give_up(self):
+    def _is_over(self):
         """Once we leave, no answer is waited for, but the one that tells our name in the group."""
         if self.leave_by is None:
             return False
@@ -1473,7 +1476,8 @@ class Member:
         answer = self._call("JoinGroup", seconds, session_timeout_ms=SESSION_MS,
                             rebalance_timeout_ms=REBALANCE_MS, protocol_type="consumer",
                             protocols=[dict(name="range", metadata=subscription)])
-        self.id, self.generation, self.count = answer["member_id"], answer["generation"], None
+        self.id, self.generation = answer["member_id"], answer["generation"]
+        self.partition_count = None
         shares = self._share_out(answer["members"]) if answer["leader"] == self.id else []
         share = self._call("SyncGroup", seconds, assignments=shares)["assignment"]
         topics = Decoder(share).value(ASSIGNMENT)["topics"] if share else []
@@ -1494,7 +1498,7 @@ class Member:
         self.cluster.looked.clear()
         counts = {topic: len(self.cluster.leaders(topic))
                   for topic in sorted(set(sum(topics.values(), [])))}
-        self.count = counts[self.settings.incoming]
+        self.partition_count = counts[self.settings.incoming]
         return [dict(member_id=member, assignment=encode(ASSIGNMENT, dict(
             version=0, user_data=b"", topics=[dict(name=topic, partitions=share)
                                               for topic, share in shares.items()])))
@@ -1601,8 +1605,8 @@ class Producer:
     One thread at a time uses it.
     """
 
-    def __init__(self, settings, give_up):
-        self.cluster = Cluster(settings, give_up)
+    def __init__(self, settings, ended):
+        self.cluster = Cluster(settings, ended)
         self.id = None              # (producer id, epoch) that a broker has given us
         self.sequences = {}         # (topic, partition): the next
 

@@ -101,8 +101,8 @@ class BotAPI(http.server.ThreadingHTTPServer):
 
     def fail(self, method, *how):
         """Let the next calls of a method fail, one each: a status, ("retry_after", seconds), "drop
-        before", "drop after", ("page", status): a proxy's, ("says", status, description and
-        perhaps parameters): Telegram's."""
+        before", "drop after", ("page", status): a proxy's, ("json", value), ("says", status,
+        description and perhaps parameters): Telegram's."""
         self.failures.setdefault(method.lower(), collections.deque()).extend(how)
 
     def hold(self, stage, condition=lambda what: True):
@@ -260,6 +260,8 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
             return self.drop()
         if isinstance(failure, tuple) and failure[0] == "says":
             raise Refused(*failure[1:])
+        if isinstance(failure, tuple) and failure[0] == "json":
+            return self.answer(200, json.dumps(failure[1]))
         if isinstance(failure, tuple) and failure[0] == "page":
             return self.answer(failure[1], "<html><h1>a proxy's page</h1></html>")
         if isinstance(failure, tuple):
@@ -718,11 +720,14 @@ class TestTelegram(Case):
                 self.assertIn(refusal[1], bot.log)
                 self.end(bot)
 
-    def test_a_proxys_page_is_an_outage(self):
+    def test_what_is_not_telegrams_is_an_outage(self):
         for method in "getUpdates", "sendMessage":
             with self.subTest(method):
                 self.api = self.bot_api()
                 pages = [("page", status) for status in (401, 403, 404, 408, 409, 413)]
+                pages += [("json", value) for value in ([], 5, {}, {"result": []}, [["ok", 0]])]
+                if method == "getUpdates":
+                    pages += [("json", {"ok": True}), ("json", {"ok": True, "result": {}})]
                 self.api.fail(method, *pages)
                 self.api.say("hello")
                 bot = self.bot(constants={"MAX_DELAY_SECONDS": 0.1})
@@ -823,6 +828,8 @@ class TestTelegram(Case):
                 head += client.recv(65536)
             heads.append(head.decode())
             server = socket.create_connection(("127.0.0.1", self.api.server_port))
+            for one in client, server:
+                self.addCleanup(one.close)
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
             for pair in (client, server), (server, client):
                 threading.Thread(target=pump, args=pair, daemon=True).start()
