@@ -518,6 +518,22 @@ class Telegram:
 
         Only JSON with an `ok` is Telegram's; all else is an outage, such as a proxy's page.
         """
+        body, description = self._post(connection, method, parameters)
+        try:
+            answer = dict(json.loads(body.decode()))
+            answer["ok"] = bool(answer["ok"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            answer = {"ok": False}
+        code, more = answer.get("error_code"), answer.get("parameters")
+        answer["error_code"] = code if isinstance(code, int) else None
+        answer["parameters"] = more if isinstance(more, dict) else {}
+        description = str(answer.get("description", description))
+        answer["description"] = description.replace(self._token, "...")
+        return answer
+
+    def _post(self, connection, method, parameters):
+        """Return what a server answers to a call, and in words how that went."""
+        path = "%s/bot%s/%s" % (self._url.path.rstrip("/"), self._token, method)
         try:
             if connection.sock and is_stale(connection.sock, connection.used_at):
                 connection.close()
@@ -525,26 +541,13 @@ class Telegram:
                 connection.timeout = self.CONNECT_SECONDS
                 connection.connect()
             connection.sock.settimeout(self.ANSWER_SECONDS + parameters.get("timeout", 0))
-            connection.request("POST", "%s/bot%s/%s" % (self._url.path.rstrip("/"), self._token,
-                                                        method),
-                               json.dumps(parameters), self._headers)
+            connection.request("POST", path, json.dumps(parameters), self._headers)
             response = connection.getresponse()
             body, connection.used_at = response.read(), time.monotonic()
-            description = "%d %s" % (response.status, response.reason)
+            return body, "%d %s" % (response.status, response.reason)
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            body, description = b"", "%s: %s" % (type(error).__name__, error)
-        try:
-            answer = dict(json.loads(body.decode()))
-            answer["ok"] = bool(answer["ok"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            answer = {"ok": False}
-        code, parameters = answer.get("error_code"), answer.get("parameters")
-        answer["error_code"] = code if isinstance(code, int) else None
-        answer["parameters"] = parameters if isinstance(parameters, dict) else {}
-        answer["description"] = str(answer.get("description", description)).replace(
-            self._token, "...")
-        return answer
+            return b"", "%s: %s" % (type(error).__name__, error)
 
 
 # ---- Kafka: the protocol as data -----------------------------------------------------------------
@@ -826,11 +829,10 @@ def decode_batches(data, aborted, topic):
             aborting.add(aborted.pop(0)["producer_id"])
         body = decompress(data[start + BATCH.size:end], attributes & 7, topic)
         records = decode_records(body, count, base)
-        if attributes & 32:     # a control batch: its key says how the transaction has ended
-            if any(key and key[2:4] == b"\0\0" for _, key, _ in records):
-                aborting.discard(producer)
-            records = []
-        yield base + last + 1, [] if attributes & 16 and producer in aborting else records
+        if attributes & 32 and any(key and key[2:4] == b"\0\0" for _, key, _ in records):
+            aborting.discard(producer)      # the key of a control batch: its transaction is aborted
+        skipped = attributes & 32 or attributes & 16 and producer in aborting
+        yield base + last + 1, [] if skipped else records
         start = end
     if data and not start:          # brokers send one batch whole, however large
         raise Malformed("topic %s: a batch that is cut short" % topic)
