@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import socket
+import sys
 import tempfile
 import unittest
 
-from support import CACHE, HERE, Case, needs, run
+from support import CACHE, HERE, Case, SidecarProcess, needs, run
 
 MANIFESTS = os.path.join(HERE, "manifests")
 KUSTOMIZE = ["kubectl", "kustomize"] if shutil.which("kubectl") else [
@@ -22,8 +24,7 @@ OPERATORS = {"keda.sh": "keda", "monitoring.coreos.com": "prometheus-operator"}
 
 
 def kustomize(folder="", components=()):
-    """Return the objects that `kubectl apply -k manifests/folder` would send, right after the
-    README's `cp`.
+    """Return what `kubectl apply -k manifests/folder` would send after the README's `cp`.
 
     components: the overlays to switch on first, by uncommenting their lines.
     """
@@ -201,19 +202,38 @@ class TestManifests(Case):
             if name.endswith("FromEnv"):
                 self.assertIn(variable, variables)
 
-    def test_before_1_29_the_sidecar_is_an_ordinary_container_that_outwaits_the_hook(self):
+    def test_every_pod_shares_its_process_namespace(self):
+        """The sidecar holds starts, and goes last, only where it does."""
+        for components in ([], ["pre-1.29"], ["kafka-sasl"], ["pre-1.29", "kafka-sasl"]):
+            pod = pick(kustomize(components=components), "Deployment")["spec"]["template"]["spec"]
+            self.assertIs(pod["shareProcessNamespace"], True, components)
+
+    def test_before_1_29_the_sidecar_is_an_ordinary_container(self):
         objects = kustomize(components=["pre-1.29"])
         spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
         self.assertNotIn("initContainers", spec)
         sidecar, bot = spec["containers"]
         self.assertEqual(bot, dict(self.bot, envFrom=bot["envFrom"]))
-        expected = dict(self.sidecar, env=sidecar["env"])
+        expected = dict(self.sidecar)
         del expected["restartPolicy"]
+        hook = sidecar.pop("lifecycle")
         self.assertEqual(sidecar, expected)
-        variables = environment(sidecar, objects)
-        self.assertEqual(variables["QUIET_PERIOD_SECONDS"], "5")
-        self.assertEqual(dict(variables, QUIET_PERIOD_SECONDS="1"),
-                         environment(self.sidecar, self.objects))
+        self.assertEqual(list(hook), ["postStart"])     # a preStop hook would change nothing
+
+    def test_before_1_29_the_bot_is_started_when_the_sidecar_listens(self):
+        sidecar = containers(kustomize(components=["pre-1.29"]))["sidecar"]
+        command = sidecar["lifecycle"]["postStart"]["exec"]["command"]
+        self.assertEqual(command[:2], ["python3", "-c"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        script = command[2].replace(":8081/", ":%d/" % port)
+        hook = self.program(sys.executable, "-c", "print('up', flush=True)\n" + script)
+        hook.wait_for("up")
+        self.assertIsNone(hook.process.poll())
+        running = SidecarProcess(SIDECAR_PORT=port)
+        self.addCleanup(running.kill)
+        self.assertEqual(hook.wait(), 0)
 
     def test_with_sasl_KEDA_logs_in_as_the_bot_does(self):
         objects = kustomize(components=["kafka-sasl"])
@@ -224,7 +244,7 @@ class TestManifests(Case):
         self.assertEqual(trigger["metadata"]["tls"], "enable")
         self.assertEqual(trigger["metadata"]["sasl"].replace("_", "").upper(),
                          variables["KAFKA_SASL_MECHANISM"].replace("-", ""))
-        volume, = pick(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
+        volume, = self.spec["volumes"]
         mount, = containers(objects)["bot"]["volumeMounts"]
         ca, = login["spec"]["secretTargetRef"]
         self.assertEqual(
@@ -269,8 +289,10 @@ class TestKubernetesSchemas(Case):
 
 @needs("kubectl, Node.js, or the npm packages @kubernetes-models and typescript", TYPES)
 class TestOperatorTypes(Case):
-    """KEDA's and the Prometheus operator's published types: TypeScript refuses unknown fields,
-    validate() the rest."""
+    """KEDA's and the Prometheus operator's published types.
+
+    TypeScript refuses unknown fields, and validate() the rest.
+    """
 
     def test_every_object(self):
         objects = kustomize(components=["kafka-sasl"]) + kustomize("monitoring")
@@ -299,13 +321,15 @@ class TestOperatorTypes(Case):
             self.check(rule)
 
     def check(self, thing):
-        """Return whether the object is of an operator's kind. AssertionError where the operator
-        would refuse it."""
+        """Return whether the object is of an operator's kind.
+
+        AssertionError: the operator would refuse it.
+        """
         group, _, version = thing["apiVersion"].partition("/")
         if group not in OPERATORS:
             return False
         kind = thing["kind"]
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:         # where node_modules is found
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:        # Where node_modules is found.
             path = os.path.join(folder, "thing.mts")
             with open(path, "w") as file:
                 file.write("import { %s, I%s } from '@kubernetes-models/%s/%s/%s/%s';\n"
@@ -324,11 +348,13 @@ PROMTOOL = MANIFESTS_BUILD and shutil.which("promtool")
 
 @needs("promtool", PROMTOOL)
 class TestAlerts(Case):
-    """Each alert, evaluated by promtool over a made-up past of one pod: when it is quiet, and when
-    it fires."""
+    """Each alert, evaluated by promtool over a made-up past of one pod.
+
+    It is quiet at some moments, and fires at others.
+    """
 
     LABELS = 'namespace="telegram-serverless", pod="bot-echo-1"'
-    SCRAPE = 5          # seconds between two samples, as the PodMonitor says
+    SCRAPE = 5          # Seconds between two samples, as the PodMonitor says.
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -338,13 +364,15 @@ class TestAlerts(Case):
         self.write("rules.json", {"groups": self.rules["groups"]})
 
     def write(self, name, thing):
-        with open(os.path.join(self.folder, name), "w") as file:        # JSON is YAML
+        with open(os.path.join(self.folder, name), "w") as file:        # JSON is YAML.
             json.dump(thing, file)
         return file.name
 
     def check(self, alert, series, quiet=(), firing=()):
-        """series: {metric: promtool's notation of its samples}; quiet, firing: seconds at which to
-        look."""
+        """`series` is {metric: promtool's notation of its samples}.
+
+        `quiet` and `firing` are the seconds at which to look.
+        """
         def samples(at):
             return {"expr": 'count(ALERTS{alertname="%s", alertstate="firing"}) or vector(0)'
                     % alert, "eval_time": "%ds" % at,
@@ -368,33 +396,40 @@ class TestAlerts(Case):
                    dict(grace, **{"sidecar_oldest_request_age_seconds{}": "0+5x5 0+5x5 0x48"}),
                    quiet=[60, 120, 300])
 
-    def test_drain_alert_fires_before_the_grace_period_is_over(self):
-        rule, = [rule for group in self.rules["groups"] for rule in group["rules"]
-                 if rule["alert"] == "SidecarDrainTimedOut"]
-        grace = float(
-            environment(containers(kustomize())["sidecar"], kustomize())["GRACE_PERIOD_SECONDS"])
-        self.assertLessEqual(float(rule["for"].rstrip("s")) + self.SCRAPE, grace)
+    def drain(self, grace, elapsed, active, **outcomes):
+        """Return the series of a pod whose drain begins at 60 s."""
+        series = {"sidecar_grace_period_seconds{}": "%dx400" % grace,
+                  "sidecar_drain_elapsed_seconds{}": "0x11 " + elapsed,
+                  "sidecar_active_requests{}": active}
+        return dict(series, **{'sidecar_drains_total{outcome="%s"}' % name: values
+                               for name, values in outcomes.items()})
 
     def test_drain_that_ran_out_before_the_pod_was_gone(self):
+        """It fires from 0.8 of the grace period on, and goes on after the pod is gone."""
         self.check("SidecarDrainTimedOut",
-                   {"sidecar_draining{}": "0x11 1x5 stale",
-                    "sidecar_active_requests{}": "1x17 stale",
-                    'sidecar_drains_total{outcome="timed_out"}': "0x17 stale"},
+                   self.drain(30, "0+5x5 stale", "1x17 stale", timed_out="0x17 stale"),
                    quiet=[60, 80, 1200], firing=[85, 300, 900])
+        self.check("SidecarDrainTimedOut",
+                   self.drain(300, "0+5x59 stale", "1x71 stale", timed_out="0x71 stale"),
+                   quiet=[90, 300], firing=[310, 360])
 
     def test_drain_that_ran_out_and_was_counted(self):
         self.check("SidecarDrainTimedOut",
                    {'sidecar_drains_total{outcome="timed_out"}': "0x11 1x100",
-                    'sidecar_drains_total{outcome="completed"}': "0x111"}, quiet=[55, 80, 1200],
-                   firing=[85, 300])
+                    'sidecar_drains_total{outcome="completed"}': "0x111"}, quiet=[55, 1200],
+                   firing=[60, 300])
 
     def test_drains_that_completed(self):
-        self.check("SidecarDrainTimedOut", {"sidecar_draining{}": "0x11 1x3 stale",
-                                            "sidecar_active_requests{}": "1x15 stale"},
+        self.check("SidecarDrainTimedOut", self.drain(30, "0+5x3 stale", "1x15 stale"),
                    quiet=[60, 75, 300])
         self.check("SidecarDrainTimedOut",
-                   {"sidecar_draining{}": "0x11 1x60", "sidecar_active_requests{}": "2x13 0x58",
-                    'sidecar_drains_total{outcome="completed"}': "0x13 1x58"}, quiet=[60, 90, 300])
+                   self.drain(30, "0 5 10x60", "2x13 0x58", completed="0x13 1x58"),
+                   quiet=[60, 90, 300])
+
+    def test_a_long_drain_of_a_long_grace_period_that_completed(self):
+        self.check("SidecarDrainTimedOut",
+                   self.drain(300, "0+5x7 35x60", "2x18 0x58", completed="0x18 1x58"),
+                   quiet=[60, 85, 95, 300])
 
     def test_unmatched_ends(self):
         self.check("SidecarUnmatchedEnds", {"sidecar_unmatched_ends_total{}": "0x10 1x110"},
