@@ -245,9 +245,9 @@ class Stopping:
     def requested(self):
         return self.requested_at is not None
 
-    def for_longer_than(self, seconds):
-        """Return whether the signal came more than `seconds` ago."""
-        return self.requested and time.monotonic() > self.requested_at + seconds
+    def for_longer_than(self, seconds, since):
+        """Return whether both the signal and the time `since` were more than `seconds` ago."""
+        return self.requested and time.monotonic() > max(self.requested_at, since) + seconds
 
     def sleep(self, seconds):
         """Wait, but not on after a signal."""
@@ -280,7 +280,7 @@ class Stopping:
         return None
 
 
-STOP_SECONDS = 5.0              # after a signal, what fails is tried again for so long
+STOP_SECONDS = 5.0              # after a signal, a reply that fails is tried again for so long
 IDLE_SECONDS = 20.0             # a connection that lay idle for longer is opened anew
 
 
@@ -450,7 +450,7 @@ class Telegram:
 
     def _get_updates(self, seconds, limit, closing=False):
         """Return updates, or None when a signal ended the wait. Interrupted: there is no time."""
-        offset = self._offset
+        offset, since = self._offset, time.monotonic()
         parameters = {"offset": offset, "timeout": seconds, "limit": limit,
                       "allowed_updates": ["message", "callback_query"]}
         for attempt in itertools.count(1):
@@ -467,10 +467,11 @@ class Telegram:
                                                 or "webhook" in answer["description"]):
                 raise Refused("another poller or a webhook takes this bot's updates (409 %s)"
                               % answer["description"])
-            self._back_off("getUpdates", answer, attempt)
+            self._back_off("getUpdates", answer, attempt, since)
 
     def _send(self, connection, method, parameters):
         """Make a Bot API call, until Telegram has done it or has refused it for good."""
+        since = time.monotonic()
         for attempt in itertools.count(1):
             answer = self._ask(connection, method, parameters)
             code, moved_to = answer["error_code"], answer["parameters"].get("migrate_to_chat_id")
@@ -484,16 +485,17 @@ class Telegram:
                 log.warning("%s was refused: %d %s", method, code, answer["description"])
                 return
             else:
-                self._back_off(method, answer, attempt)
+                self._back_off(method, answer, attempt, since)
 
-    def _back_off(self, method, answer, attempt):
+    def _back_off(self, method, answer, attempt, since):
         """Wait before another try. Refused: none is of use. Interrupted: the bot has to stop."""
         code, description = answer["error_code"], answer["description"]
         if code in (401, 404):
             raise Refused("Telegram refuses BOT_TOKEN (%d %s): expected what @BotFather gave"
                           % (code, description))
         told = answer["parameters"].get("retry_after")
-        if self.stopping.requested and (told or self.stopping.for_longer_than(STOP_SECONDS)):
+        if self.stopping.requested and (
+                told or self.stopping.for_longer_than(STOP_SECONDS, since)):
             raise Interrupted
         delay = min(self.MAX_DELAY_SECONDS, 2.0 ** min(attempt, 10)) * random.uniform(0.25, 0.5)
         delay = told if isinstance(told, (int, float)) else delay
@@ -1607,20 +1609,23 @@ class Producer:
     One thread at a time uses it.
     """
 
-    def __init__(self, settings, ended):
-        self.cluster = Cluster(settings, ended)
+    def __init__(self, settings, stopping):
+        self.cluster = Cluster(settings, lambda: stopping.for_longer_than(
+            UNSURE_SECONDS, self.since))
+        self.since = 0.0            # when the record was first tried
         self.id = None              # (producer id, epoch) that a broker has given us
         self.sequences = {}         # (topic, partition): the next
 
     def append(self, topic, key, value, may_write):
         """Append a record, and return when each replica has it.
 
-        may_write(unsure) is asked before each try, and raises where the record is to be given up;
-        `unsure`: an earlier try may have written it. KafkaError: the topic refuses the record.
+        may_write(since, unsure) is asked before each try, and raises where the record is to be
+        given up; `since`: when it was first tried; `unsure`: an earlier try may have written it.
+        KafkaError: the topic refuses the record.
         """
-        partition, unsure = None, False
+        partition, unsure, self.since = None, False, time.monotonic()
         for failures in itertools.count(1):
-            may_write(unsure)
+            may_write(self.since, unsure)
             sending = False
             try:
                 leaders = self.cluster.leaders(topic, create=True)
@@ -1643,7 +1648,7 @@ class Producer:
     def _pause(self, seconds, may_write, unsure):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            may_write(unsure)
+            may_write(self.since, unsure)
             time.sleep(0.05)
 
     def _choose(self, topic, key, leaders):
@@ -1914,10 +1919,10 @@ class Kafka:
         try:
             producer = self.producers.pop()
         except IndexError:
-            producer = Producer(self.settings,
-                                lambda: self.stopping.for_longer_than(UNSURE_SECONDS))
+            producer = Producer(self.settings, self.stopping)
         try:
-            producer.append(topic, key, value, lambda unsure: self._may_write(receipt, unsure))
+            producer.append(topic, key, value,
+                            lambda *tried: self._may_write(receipt, *tried))
             self.producers.append(producer)
         except KafkaError:
             self.producers.append(producer)
@@ -1927,12 +1932,12 @@ class Kafka:
             receipt.member.release()
             raise
 
-    def _may_write(self, receipt, unsure):
+    def _may_write(self, receipt, since, unsure):
         """Return when the record of a receipt is ours to answer. Interrupted: it is given up."""
         while True:
             owned = receipt.member.owns(receipt.partition)
             if owned is False or self.stopping.for_longer_than(
-                    UNSURE_SECONDS if unsure else STOP_SECONDS):
+                    UNSURE_SECONDS if unsure else STOP_SECONDS, since):
                 log.warning("%s is left to who comes next%s", receipt.place, ", and may be done "
                             "twice: whether it was written is not known" if unsure else "")
                 raise Interrupted

@@ -1229,7 +1229,8 @@ class TestKafka(KafkaCase):
         self.topics(incoming=2, outgoing=2)
         self.write(self.updates(30))
         sidecar = self.sidecar()
-        bot = self.bot(code=self.SLOW.format(seconds=2), SIDECAR_URL=sidecar.url)
+        slow = echo_bot.STOP_SECONDS + 1        # what failed then would not be tried again
+        bot = self.bot(code=self.SLOW.format(seconds=slow), SIDECAR_URL=sidecar.url)
         until(lambda: sidecar.active() == 8)
         self.end(bot)
         self.assertEqual(sidecar.active(), 0)
