@@ -568,10 +568,10 @@ def by_topic(**partition):
 # needs 2.2: before it (KIP-394) a member whose first call was broken off haunted its group. Every
 # error code of an answer is called `error`. https://kafka.apache.org/protocol
 APIS = {
-    "Produce": (0, 3, dict(transactional_id=STRING, acks=INT16, timeout_ms=INT32,
+    "Produce": (0, 7, dict(transactional_id=STRING, acks=INT16, timeout_ms=INT32,
                            topics=by_topic(index=INT32, records=BYTES)),
-                dict(topics=by_topic(index=INT32, error=INT16, offset=INT64, time_ms=INT64),
-                     throttle_ms=INT32)),
+                dict(topics=by_topic(index=INT32, error=INT16, offset=INT64, time_ms=INT64,
+                                     log_start_offset=INT64), throttle_ms=INT32)),
     "Fetch": (1, 10, dict(
         replica_id=INT32, max_wait_ms=INT32, min_bytes=INT32, max_bytes=INT32,
         isolation_level=INT8, session_id=INT32, session_epoch=INT32, topics=by_topic(
@@ -659,7 +659,8 @@ ERRORS = {
     58: ("SASL_AUTHENTICATION_FAILED (KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD)", STOP),
     59: ("UNKNOWN_PRODUCER_ID", RENEW), 72: ("LISTENER_NOT_FOUND", LOOK),
     74: ("FENCED_LEADER_EPOCH", LOOK), 75: ("UNKNOWN_LEADER_EPOCH", LOOK),
-    76: ("UNSUPPORTED_COMPRESSION_TYPE", STOP), 78: ("OFFSET_NOT_AVAILABLE", TRY),
+    76: ("UNSUPPORTED_COMPRESSION_TYPE (set the topic's compression.type to lz4)", STOP),
+    78: ("OFFSET_NOT_AVAILABLE", TRY),
     79: ("MEMBER_ID_REQUIRED", REJOIN), 81: ("GROUP_MAX_SIZE_REACHED", TRY),
     87: ("INVALID_RECORD (does the topic want keys?)", SKIP),
     88: ("UNSTABLE_OFFSET_COMMIT", TRY), 89: ("THROTTLING_QUOTA_EXCEEDED", TRY),

@@ -730,7 +730,7 @@ class TestKafkaBot(Case):
         bot = self.bot(self.serve(struct.pack(">iihihhhhhh", 22, 1, 0, 2, 0, 0, 2, 1, 0, 3))[0])
         self.assertEqual(bot.wait(), 1)
         self.assertRegex(bot.lines[-1],
-                         r"127.0.0.1:\d+ is not a Kafka from 2.2 on.*Produce version 3")
+                         r"127.0.0.1:\d+ is not a Kafka from 2.2 on.*Produce version 7")
 
     def test_rubbish_for_an_answer_is_an_error(self):
         for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", struct.pack(">ii", 0x7FFFFFFF, 1),
