@@ -2083,6 +2083,7 @@ MAX_UNSAID = 10000              # requests of which the sidecar has still to be 
 MAX_KEPT_CONNECTIONS = 16       # of a process, between two calls
 ANSWER_HEAD = re.compile(rb"HTTP/1\.1 ([0-9]{3}) [^\r\n]*\r\n(?:[^\r\n]+\r\n)*?"
                          rb"Content-Length: ([0-9]{1,5})\r\n(?:[^\r\n]+\r\n)*\r\n")
+DECODE = json.JSONDecoder().raw_decode      # what json.loads does around it costs as much again
 
 
 class Sidecar:
@@ -2132,8 +2133,10 @@ class Sidecar:
             raise ValueError("name=%r: expected 1 to 64 printable characters" % name)
         self.draining = False               # what the sidecar said last: take no more work
         self._base = quote(parts.path.rstrip("/"), safe="/%")
-        self._host = parts.netloc.rpartition("@")[2]
+        self._head = " HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n" % (
+            parts.netloc.rpartition("@")[2])
         self._prefix = name + ":" if name else ""
+        self._quoted_prefix = quote(self._prefix, safe="")
         self._hold = "" if hold is None else "&hold=true" if hold else "&hold=false"
         self._memories = {}                 # {pid: ProcessMemory}: a forked child begins anew
 
@@ -2144,8 +2147,9 @@ class Sidecar:
         request_id: an id of your own, with the name 1 to 128 printable characters; default: a
             random one.
         """
-        request_id = os.urandom(16).hex() if request_id is None else request_id
-        return Tracked(self, self._prefix + request_id)
+        if request_id is None:
+            return Tracked(self, self._quoted_prefix + os.urandom(16).hex())
+        return Tracked(self, quote(self._prefix + request_id, safe=""))
 
     def start(self, request_id: str) -> None:
         """Say that a request begins: where a framework has a hook before and one after the work.
@@ -2174,7 +2178,7 @@ class Sidecar:
 
         With a name, that is what began under the same name.
         """
-        query = "?prefix=" + quote(self._prefix, safe="") if self._prefix else ""
+        query = "?prefix=" + self._quoted_prefix if self._prefix else ""
         finish(self._call(Blocking, "POST", "/reset" + query))
 
     def on_drain(self, callback: Callable[[], object]) -> None:
@@ -2215,8 +2219,9 @@ class Sidecar:
     async def _report(self, io, request, hold="&hold=false"):
         """Say what has become of a request; if that was heard, what is unsaid of others too."""
         deadline = time.monotonic() + self.CALL_SECONDS
-        self._memory.unsaid.pop(request.id, None)
-        if await self._say(io, request, deadline, hold):
+        unsaid = self._memory.unsaid
+        unsaid.pop(request.id, None)
+        if await self._say(io, request, deadline, hold) and unsaid:
             await self._say_rest(io, deadline)
 
     async def _say_rest(self, io, deadline):
@@ -2233,7 +2238,7 @@ class Sidecar:
 
         A start that is said late is never held: its work is under way.
         """
-        ended, said, query = request.ended, False, request.query
+        ended, said, query = request.ended, False, "?id=" + request.id
         if ended and not request.heard:
             return True                 # an end whose start was not heard would count as a mistake
         if ended and request.seconds is not None:
@@ -2243,12 +2248,15 @@ class Sidecar:
             status = await self._call(io, "POST", path, deadline, request)
             if 400 <= status < 500 and not ended:
                 request.heard = False               # it was heard, but not counted
-            gone = isinstance(self._memory.trouble, ConnectionRefusedError)     # and so its count
-            said = 0 < status < 500 or ended and gone
+            said = 0 < status < 500 or ended and self._is_gone()
         finally:                                    # also when this coroutine is cancelled
             if not said or ended != request.ended:  # another thread may have ended it meanwhile
                 self._keep(request)
         return said
+
+    def _is_gone(self):
+        """Return true where nobody listens there: so every count is gone too."""
+        return isinstance(self._memory.trouble, ConnectionRefusedError)
 
     def _keep(self, request):
         unsaid = self._memory.unsaid
@@ -2263,7 +2271,8 @@ class Sidecar:
             return 0
         deadline = deadline or now + self.CALL_SECONDS
         try:
-            status, content = await self._exchange(io, method, path, deadline, request)
+            call = "%s %s%s" % (method, self._base, path)
+            status, content = await self._exchange(io, memory.kept, call, deadline, request)
             if path == "/ready" and (status == 200 or content.get("error") in (DRAINING, DRAINED)):
                 self.draining = status != 200
             elif "draining" in content:
@@ -2273,19 +2282,19 @@ class Sidecar:
             trouble = None
         except (OSError, ValueError, RuntimeError) as failure:      # RuntimeError: as we exit
             status, trouble = getattr(failure, "status", 0), failure
-        self._note(trouble, status)
+        if trouble is not memory.trouble:
+            self._note(memory, trouble, status)
         if self.draining and memory.callbacks:
             self._call_back()
         return status
 
-    async def _exchange(self, io, method, path, deadline, request):
+    async def _exchange(self, io, kept, call, deadline, request):
         """Return (status, content) of the answer, over a kept connection or else a new one.
 
         Where a kept one turns out closed the call is made again: all calls may be repeated.
         """
-        call = "%s %s%s HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n" % (
-            method, self._base, path, self._host)
-        kept, answer = self._memory.kept, None
+        data = (call + self._head).encode()
+        answer = None
         while answer is None:
             try:
                 connection, is_new = kept.pop(), False
@@ -2295,7 +2304,7 @@ class Sidecar:
             if request:
                 request.heard = True
             try:
-                await io.send(connection, call.encode())
+                await io.send(connection, data)
                 answer = await self._read_answer(io, connection, deadline)
             except ConnectionError:
                 if is_new:
@@ -2318,13 +2327,11 @@ class Sidecar:
             answer = parse_answer(received)
         return answer
 
-    def _note(self, trouble, status):
+    def _note(self, memory, trouble, status):
         """Rest after a failure. Log it, once each kind until all is well again, and log that."""
-        memory = self._memory
         if trouble is None:
-            if memory.trouble is not None:
-                log.info("reporting to the sidecar at %s", self.url)
-                memory.told &= {400}
+            log.info("reporting to the sidecar at %s", self.url)
+            memory.told &= {400}
             memory.trouble = None
             return
         if status != 400:               # one request's id may be malformed; the others are not
@@ -2377,8 +2384,7 @@ class Tracked:
     """A request of a worker, as `Sidecar.track` returns it: for one `with` or `async with`."""
 
     def __init__(self, sidecar: Sidecar, request_id: str) -> None:
-        self.id = request_id
-        self.query = "?id=" + quote(request_id, safe="")
+        self.id = request_id            # percent-encoded
         self.heard = False              # may the sidecar have heard of its start?
         self.ended = False
         self.seconds = None             # how long it took, if that is known
@@ -2448,8 +2454,9 @@ def parse_answer(received):
     head = ANSWER_HEAD.match(received)
     if head and len(received) < head.end() + int(head.group(2)):
         return None
-    content = head and json.loads(received[head.end():].decode())
-    if not isinstance(content, dict):
+    text = received[head.end():].decode() if head else ""
+    content, end = DECODE(text) if head else (None, 0)
+    if not isinstance(content, dict) or end < len(text.rstrip()):
         raise ValueError("expected the answer of a sidecar, got %.80r" % received)
     return int(head.group(1)), content
 

@@ -661,6 +661,27 @@ class TestTrouble(ClientCase):
                          {"/start-request?id=slow", "/end-request?id=slow"})
         self.assertIn("/end-request", server.paths[-1])
 
+    def test_an_end_that_comes_just_before_its_start_is_said_late_is_said_after_it(self):
+        server = self.server()
+        client = self.client(server.url, REST_SECONDS=0.0, WATCH_SECONDS=0.01)
+        gate, reached, connect = threading.Event(), threading.Event(), \
+            sidecar_module.Blocking.connect
+
+        async def gated_connect(address, seconds):
+            reached.set()
+            gate.wait(PATIENCE)
+            return await connect(address, PATIENCE)
+
+        with mock.patch.object(sidecar_module.Blocking, "connect", gated_connect):
+            client._memory.rest_until = time.monotonic() + 3600
+            with client.track("slow"):
+                client._memory.rest_until = 0.0
+                self.assertTrue(reached.wait(PATIENCE))     # nothing of it is heard yet
+            gate.set()
+            server.wait_for("/end-request")
+        self.assertEqual([path.partition("&")[0] for path in server.paths],
+                         ["/start-request?id=slow", "/end-request?id=slow"])
+
     def test_at_the_limit_of_processes_nothing_raises_and_the_next_call_delivers(self):
         server = self.server(lambda path: COUNTED)
         failing = [CLOSE, CLOSE]
