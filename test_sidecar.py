@@ -1,7 +1,11 @@
-"""The tests that need nothing but Python: `python test_sidecar.py`, or a part: `python test_sidecar.py TestDrain`.
+"""The tests that need nothing but Python.
 
-Each test starts the real program as a process and speaks to it over real sockets and real signals; ports are free ones
-that the kernel picks. What needs more, or minutes, is in .ci/tests, and .ci/run runs it all.
+    python test_sidecar.py              all of them, several classes side by side
+    python test_sidecar.py TestDrain    a part
+
+Each test starts the real program as a process and speaks to it over real sockets and real signals;
+ports are free ones that the kernel picks. What needs more, or minutes, is in .ci/tests, and .ci/run
+runs it all.
 """
 import base64
 import collections
@@ -30,21 +34,25 @@ import unittest
 import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PATIENCE = 60       # seconds after which a wait for an event has failed, whatever the machine; nothing waits it out
+# Seconds after which a wait for an event has failed, whatever the machine; nothing waits it out.
+PATIENCE = 60
 
 
 class Program:
-    """A process under test: its standard error (and output, where not asked for apart) line by line, its end."""
+    """A process under test: its standard error (and output, where not asked for apart) line by
+    line, its end."""
 
     def __init__(self, *argv, **options):
-        """argv: the command; env: variables to add (None takes one away); the rest goes to Popen."""
+        """argv: the command; env: variables to add (None takes one away); the rest goes to
+        Popen."""
         env = dict(os.environ, PYTHONUNBUFFERED="1")
         for name, value in options.pop("env", {}).items():
             if value is None:
                 env.pop(name, None)
             else:
                 env[name] = str(value)
-        options = dict(dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT), **options)
+        options = dict(dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT), **options)
         self.process = subprocess.Popen([str(arg) for arg in argv], env=env, **options)
         self.lines, self.changed, self.closed = [], threading.Condition(), False
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -65,9 +73,11 @@ class Program:
         return "\n".join(self.lines)
 
     def wait_for(self, pattern, after=0, timeout=PATIENCE):
-        """Return the match of `pattern` in the first line from number `after` on that has one, as soon as it is there."""
+        """Return the match of `pattern` in the first line from number `after` on that has one, as
+        soon as it is there."""
         def found():
-            return next((match for match in (re.search(pattern, line) for line in self.lines[after:]) if match), None)
+            return next((match for match in (re.search(pattern, line)
+                                             for line in self.lines[after:]) if match), None)
         with self.changed:
             self.changed.wait_for(lambda: found() or self.closed, timeout)
             match = found()
@@ -90,15 +100,18 @@ class Program:
         self.process.wait()
         self.reader.join(PATIENCE)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if stream and not self.reader.is_alive():       # a grandchild may hold the other end of the pipe
+            # A grandchild may hold the other end of the pipe.
+            if stream and not self.reader.is_alive():
                 stream.close()
 
 
 class SidecarProcess(Program):
-    """A running sidecar.py on free ports of loopback. Any other keyword is a variable of its environment.
+    """A running sidecar.py on free ports of loopback. Any other keyword is a variable of its
+    environment.
 
-    `constants` are module constants with other values, so that a test need not wait for as long as a user would.
-    `launcher` is what stands in front of the command, such as unshare and its options.
+    `constants` are module constants with other values, so that a test need not wait for as long as
+    a user would. `launcher` is what stands in front of the command, such as unshare and its
+    options.
     """
 
     def __init__(self, *argv, constants=None, launcher=(), **env):
@@ -106,7 +119,8 @@ class SidecarProcess(Program):
         settings.update(env)
         command = [os.path.join(HERE, "sidecar.py")]
         if constants:
-            command = ["-c", "import sys; sys.path.insert(0, %r); import sidecar; vars(sidecar).update(%r); "
+            command = ["-c", "import sys; sys.path.insert(0, %r); import sidecar; "
+                             "vars(sidecar).update(%r); "
                              "sys.exit(sidecar.main(sys.argv[1:]))" % (HERE, constants)]
         super().__init__(*launcher, sys.executable, *(command + list(argv)), env=settings)
         try:
@@ -114,35 +128,41 @@ class SidecarProcess(Program):
         except AssertionError:
             self.kill()
             raise
-        self.host, self.port, self.metrics_port = match.group(1), int(match.group(2)), int(match.group(3))
+        self.host = match.group(1)
+        self.port, self.metrics_port = int(match.group(2)), int(match.group(3))
         self.url = "http://%s:%d" % (self.host, self.port)
 
     def call(self, method, path, body=None, headers=None, port=None):
         """Ask over a connection of its own; return (status, JSON or text)."""
-        connection = http.client.HTTPConnection(self.host.strip("[]"), port or self.port, timeout=PATIENCE)
+        connection = http.client.HTTPConnection(self.host.strip("[]"), port or self.port,
+                                                timeout=PATIENCE)
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
             text = answer.read().decode()
-            return answer.status, json.loads(text) if text and "json" in answer.getheader("Content-Type", "") else text
+            is_json = text and "json" in answer.getheader("Content-Type", "")
+            return answer.status, json.loads(text) if is_json else text
         finally:
             connection.close()
 
     def raw(self, data, port=None):
         """Send bytes over a connection of its own; return the socket."""
-        connection = socket.create_connection((self.host.strip("[]"), port or self.port), timeout=PATIENCE)
+        connection = socket.create_connection((self.host.strip("[]"), port or self.port),
+                                              timeout=PATIENCE)
         connection.sendall(data)
         return connection
 
     def answers(self, data):
-        """Send bytes, read to the end of the connection; return [(status, headers, body), ...] of the answers."""
+        """Send bytes, read to the end of the connection; return [(status, headers, body), ...] of
+        the answers."""
         with self.raw(data) as connection:
             received = b"".join(iter(lambda: connection.recv(65536), b""))
         found = []
         while received:
             head, _, rest = received.partition(b"\r\n\r\n")
             lines = head.decode().split("\r\n")
-            headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines[1:])}
+            headers = {name.lower(): value
+                       for name, value in (line.split(": ", 1) for line in lines[1:])}
             length = int(headers.get("content-length", 0))
             found.append((int(lines[0].split()[1]), headers, rest[:length].decode()))
             received = rest[length:]
@@ -152,8 +172,10 @@ class SidecarProcess(Program):
         return self.get("/metrics")[1]["active_requests"]
 
     def sample(self, name):
-        """Return the value of one sample of the Prometheus port; `name` with its labels as they stand there."""
-        return float(re.search("^%s (.*)$" % re.escape(name), self.prometheus(), re.MULTILINE).group(1))
+        """Return the value of one sample of the Prometheus port; `name` with its labels as they
+        stand there."""
+        pattern = "^%s (.*)$" % re.escape(name)
+        return float(re.search(pattern, self.prometheus(), re.MULTILINE).group(1))
 
     def get(self, path):
         return self.call("GET", path)
@@ -181,7 +203,8 @@ class Case(unittest.TestCase):
 
 
 def in_threads(count, function):
-    """Run function(0), function(1), ... at once; return what they return, in order. An exception is raised here."""
+    """Run function(0), function(1), ... at once; return what they return, in order. An exception is
+    raised here."""
     results = [None] * count
 
     def run(number):
@@ -228,7 +251,8 @@ class FakeTime:
 
 
 class ScriptedCondition(threading.Condition().__class__):
-    """A Condition whose wait() lets the test do what other threads would do, until it is notified or its time is over."""
+    """A Condition whose wait() lets the test do what other threads would do, until it is notified
+    or its time is over."""
 
     def __init__(self, meanwhile):
         super().__init__()
@@ -238,7 +262,7 @@ class ScriptedCondition(threading.Condition().__class__):
         waiter = types.SimpleNamespace(notified=False)
         self.waiting.append(waiter)
         self.meanwhile(waiter, timeout)
-        self.waiting.pop()                                  # calls within calls: the last in is the first out
+        self.waiting.pop()                        # calls within calls: the last in is the first out
 
     def notify_all(self):
         for waiter in self.waiting:
@@ -255,15 +279,17 @@ class TestCounting(Case):
         self.assertEqual((status, started["active_requests"], started["draining"]), (200, 1, False))
         self.assertTrue(started["request_id"])
         self.assertEqual(sidecar.active(), 1)
-        self.assertEqual(sidecar.post("/end-request?duration=1.2s"), (200, {"active_requests": 0, "draining": False}))
+        self.assertEqual(sidecar.post("/end-request?duration=1.2s"),
+                         (200, {"active_requests": 0, "draining": False}))
         self.assertEqual(sidecar.active(), 0)
 
     def test_metrics_have_the_promised_names_and_types(self):
         sidecar = self.sidecar()
         moment = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"
         before = sidecar.get("/metrics")[1]
-        self.assertEqual(list(before)[:6], ["active_requests", "total_requests", "last_request_time", "start_time",
-                                            "is_processing", "idle_duration_seconds"])
+        self.assertEqual(list(before)[:6],
+                         ["active_requests", "total_requests", "last_request_time", "start_time",
+                          "is_processing", "idle_duration_seconds"])
         self.assertIs(type(before["active_requests"]), int)
         self.assertIs(type(before["total_requests"]), int)
         self.assertIsNone(before["last_request_time"])
@@ -278,17 +304,20 @@ class TestCounting(Case):
         self.assertEqual(during["idle_duration_seconds"], 0)
         sidecar.post("/end-request")
         after = sidecar.get("/metrics")[1]
-        self.assertEqual((after["active_requests"], after["total_requests"], after["is_processing"]), (0, 1, False))
+        self.assertEqual((after["active_requests"], after["total_requests"],
+                          after["is_processing"]), (0, 1, False))
         self.assertEqual(after["start_time"], before["start_time"])
 
     def test_a_retried_start_or_end_with_an_id_does_no_harm(self):
         sidecar = self.sidecar()
         for _ in range(3):
             status, answer = sidecar.post("/start-request?id=update-7")
-            self.assertEqual((status, answer["request_id"], answer["active_requests"]), (200, "update-7", 1))
+            self.assertEqual((status, answer["request_id"], answer["active_requests"]),
+                             (200, "update-7", 1))
         sidecar.post("/start-request?id=update-8")
         for _ in range(3):
-            self.assertEqual(sidecar.post("/end-request?id=update-7"), (200, {"active_requests": 1, "draining": False}))
+            self.assertEqual(sidecar.post("/end-request?id=update-7"),
+                             (200, {"active_requests": 1, "draining": False}))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 2)
         self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 1)
@@ -303,9 +332,11 @@ class TestCounting(Case):
 
     def test_an_end_without_an_id_ends_the_oldest_that_was_started_without_one(self):
         sidecar = self.sidecar()
-        own = [sidecar.post("/start-request" + query)[1]["request_id"] for query in ("?id=mine", "", "", "")]
+        own = [sidecar.post("/start-request" + query)[1]["request_id"]
+               for query in ("?id=mine", "", "", "")]
         self.assertEqual(sidecar.post("/end-request")[0], 200)
-        self.assertEqual([entry["request_id"] for entry in sidecar.get("/requests")[1]], [own[0], own[2], own[3]])
+        self.assertEqual([entry["request_id"] for entry in sidecar.get("/requests")[1]],
+                         [own[0], own[2], own[3]])
         self.assertEqual(sidecar.post("/end-request?id=" + own[2])[0], 200)
         self.assertEqual(sidecar.post("/end-request")[0], 200)
         self.assertEqual([entry["request_id"] for entry in sidecar.get("/requests")[1]], ["mine"])
@@ -314,7 +345,8 @@ class TestCounting(Case):
 
     def test_ids_that_the_sidecar_hands_out_differ(self):
         sidecars = [self.sidecar(), self.sidecar()]
-        handed_out = [sidecar.post("/start-request")[1]["request_id"] for sidecar in sidecars for _ in range(50)]
+        handed_out = [sidecar.post("/start-request")[1]["request_id"] for sidecar in sidecars
+                      for _ in range(50)]
         self.assertEqual(len(set(handed_out)), 100)
 
     def test_an_end_with_nothing_to_end_is_told_and_counted(self):
@@ -331,7 +363,8 @@ class TestCounting(Case):
         sidecar = self.sidecar()
         for name in "cab":
             sidecar.post("/start-request?id=" + name)
-        listed = until(lambda: [entry for entry in sidecar.get("/requests")[1] if entry["age_seconds"] > 0][2:] and
+        listed = until(lambda: [entry for entry in sidecar.get("/requests")[1]
+                                if entry["age_seconds"] > 0][2:] and
                        sidecar.get("/requests")[1])
         self.assertEqual([entry["request_id"] for entry in listed], ["c", "a", "b"])
         ages = [entry["age_seconds"] for entry in listed]
@@ -341,7 +374,8 @@ class TestCounting(Case):
         sidecar = self.sidecar()
         sidecar.post("/start-request?id=%20%7E" + "x" * 126)
         self.assertEqual(sidecar.active(), 1)
-        for bad in ("id=", "id=" + "x" * 129, "id=a%0Ab", "id=%00", "id=%1B[2J", "id=a&id=b", "id=a&id=a"):
+        for bad in ("id=", "id=" + "x" * 129, "id=a%0Ab", "id=%00", "id=%1B[2J", "id=a&id=b",
+                    "id=a&id=a"):
             for path in ("/start-request", "/end-request"):
                 status, answer = sidecar.post(path + "?" + bad)
                 self.assertEqual((status, list(answer)), (400, ["error"]), bad)
@@ -378,11 +412,13 @@ class TestCounting(Case):
 class TestDurations(Case):
     """What `duration` may be."""
 
-    GOOD = [("1.2s", 1.2), ("1s", 1), ("0s", 0), ("350ms", 0.35), ("150%C2%B5s", 150e-6), ("150%CE%BCs", 150e-6),
-            ("150us", 150e-6), ("12ns", 12e-9), ("1m2.5s", 62.5), ("1h2m3s", 3723), ("1.5h", 5400), ("0.003s", 0.003),
-            ("5.1e-05s", 5.1e-05), ("1e-7s", 1e-07), ("3", 3), ("3.25", 3.25), (".5s", 0.5), ("1.s", 1), ("8760h", 31536000)]
-    BAD = ["", "abc", "-1s", "nan", "infs", "inf", "1e999s", "1%20s", "+1s", "s", "1m-2s", "1d", "8760h1s", "1s1", "1..2s",
-           "%D9%A1s", "0x1s", "1_0s", "1s&duration=1s", "9" * 200]
+    GOOD = [("1.2s", 1.2), ("1s", 1), ("0s", 0), ("350ms", 0.35), ("150%C2%B5s", 150e-6),
+            ("150%CE%BCs", 150e-6), ("150us", 150e-6), ("12ns", 12e-9), ("1m2.5s", 62.5),
+            ("1h2m3s", 3723), ("1.5h", 5400), ("0.003s", 0.003), ("5.1e-05s", 5.1e-05),
+            ("1e-7s", 1e-07), ("3", 3), ("3.25", 3.25), (".5s", 0.5), ("1.s", 1),
+            ("8760h", 31536000)]
+    BAD = ["", "abc", "-1s", "nan", "infs", "inf", "1e999s", "1%20s", "+1s", "s", "1m-2s", "1d",
+           "8760h1s", "1s1", "1..2s", "%D9%A1s", "0x1s", "1_0s", "1s&duration=1s", "9" * 200]
 
     def test_good_ones_are_recorded(self):
         sidecar, total = self.sidecar(), 0.0
@@ -414,7 +450,8 @@ class TestDurations(Case):
         sidecar.post("/start-request")
         age = until(lambda: sidecar.get("/requests")[1][0]["age_seconds"])
         sidecar.post("/end-request")
-        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), age - 0.001)    # it is rounded
+        # It is rounded.
+        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), age - 0.001)
 
 
 class TestDrain(Case):
@@ -422,7 +459,8 @@ class TestDrain(Case):
 
     def test_sigterm_waits_for_the_last_request(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})     # only an end wakes it
+            # Only an end wakes it.
+            sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})
             sidecar.post("/start-request?id=a")
             sidecar.post("/start-request?id=b")
             sidecar.signal(number)
@@ -431,11 +469,12 @@ class TestDrain(Case):
             self.assertEqual(sidecar.get("/health")[0], 200)
             self.assertEqual(sidecar.get("/metrics")[1]["phase"], "draining")
             self.assertEqual(sidecar.sample("sidecar_draining"), 1)
-            self.assertEqual(sidecar.post("/start-request?id=c")[1], {"request_id": "c", "active_requests": 3,
-                                                                      "draining": True})
+            self.assertEqual(sidecar.post("/start-request?id=c")[1],
+                             {"request_id": "c", "active_requests": 3, "draining": True})
             for left, name in ((2, "a"), (1, "b"), (0, "c")):
                 self.assertIsNone(sidecar.process.poll())
-                self.assertEqual(sidecar.post("/end-request?id=" + name)[1], {"active_requests": left, "draining": True})
+                self.assertEqual(sidecar.post("/end-request?id=" + name)[1],
+                                 {"active_requests": left, "draining": True})
             self.assertEqual(sidecar.wait(), 0)
 
     def test_with_nothing_active_it_exits_at_once(self):
@@ -450,15 +489,17 @@ class TestDrain(Case):
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 1)
         for name in ("slow", "stuck"):
-            self.assertGreaterEqual(float(sidecar.wait_for("still active request_id=%s age_seconds=(.*)" % name).group(1)),
-                                    0.3)
+            age = sidecar.wait_for("still active request_id=%s age_seconds=(.*)" % name).group(1)
+            self.assertGreaterEqual(float(age), 0.3)
 
     def test_the_log_tells_what_it_waits_for(self):
         sidecar = self.sidecar(constants={"REPORT_SECONDS": 0.05})
         sidecar.post("/start-request?id=stuck")
         sidecar.signal(signal.SIGTERM)
         for _ in range(2):
-            sidecar.wait_for("INFO draining active_requests=1 .*oldest_request_id=stuck oldest_age_seconds=", len(sidecar.lines))
+            sidecar.wait_for(
+                "INFO draining active_requests=1 .*oldest_request_id=stuck oldest_age_seconds=",
+                len(sidecar.lines))
         sidecar.post("/end-request?id=stuck")
         self.assertEqual(sidecar.wait(), 0)
 
@@ -476,7 +517,8 @@ class TestDrain(Case):
         began = time.monotonic()
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
-        self.assertEqual(sidecar.post("/start-request?id=late")[0], 200)    # taken just before, reported just after
+        # Taken just before, reported just after.
+        self.assertEqual(sidecar.post("/start-request?id=late")[0], 200)
         self.assertGreaterEqual(sidecar.get("/metrics")[1]["active_requests"], 1)
         ended = time.monotonic()
         sidecar.post("/end-request?id=late")
@@ -494,8 +536,12 @@ class TestDrain(Case):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})
         sidecar.post("/start-request?id=a")
         with_answers = []
-        callers = threading.Thread(target=lambda: with_answers.extend(
-            in_threads(8, lambda number: sidecar.call("POST" if number % 2 else "GET", "/drain"))), daemon=True)
+
+        def drain(number):
+            return sidecar.call("POST" if number % 2 else "GET", "/drain")
+
+        callers = threading.Thread(target=lambda: with_answers.extend(in_threads(8, drain)),
+                                   daemon=True)
         callers.start()
         sidecar.wait_for("drain started")
         self.assertEqual(sidecar.get("/ready")[0], 503)
@@ -572,13 +618,15 @@ class TestEndpoints(Case):
     def test_head_works_wherever_get_does(self):
         sidecar = self.sidecar()
         for path in ("/metrics", "/requests", "/health", "/ready"):
-            with_body, without = sidecar.answers(("GET %s HTTP/1.1\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
+            with_body, without = sidecar.answers(
+                ("GET %s HTTP/1.1\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
             self.assertEqual((with_body[0], without[0]), (200, 200), path)
             self.assertTrue(with_body[2])
             self.assertEqual(without[2], "")
         with sidecar.raw(b"HEAD /metrics HTTP/1.0\r\n\r\n", sidecar.metrics_port) as connection:
             answer = b"".join(iter(lambda: connection.recv(65536), b""))
-        self.assertTrue(answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\n"), answer)
+        self.assertTrue(answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\n"),
+                        answer)
 
     def test_unknown_paths_are_404_in_json(self):
         sidecar = self.sidecar()
@@ -591,9 +639,12 @@ class TestEndpoints(Case):
 
     def test_wrong_methods_are_405_with_allow(self):
         sidecar = self.sidecar()
-        for method, path, allow in (("GET", "/start-request", "POST"), ("PUT", "/end-request", "POST"),
-                                    ("POST", "/metrics", "GET, HEAD"), ("DELETE", "/drain", "GET, POST, HEAD"),
-                                    ("OPTIONS", "/health", "GET, HEAD"), ("POST", "/ready", "GET, HEAD")):
+        for method, path, allow in (("GET", "/start-request", "POST"),
+                                    ("PUT", "/end-request", "POST"),
+                                    ("POST", "/metrics", "GET, HEAD"),
+                                    ("DELETE", "/drain", "GET, POST, HEAD"),
+                                    ("OPTIONS", "/health", "GET, HEAD"),
+                                    ("POST", "/ready", "GET, HEAD")):
             answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
             self.assertEqual((answer[0], answer[1]["allow"]), (405, allow))
             self.assertIn("error", json.loads(answer[2]))
@@ -602,11 +653,15 @@ class TestEndpoints(Case):
 
     def test_a_browser_on_another_site_may_not_change_anything(self):
         sidecar = self.sidecar()
-        for origin, expected in (("https://example.com", 403), ("null", 403), ("http://127.0.0.1.example.com:8081", 403),
-                                 ("http://localhost:8081", 200), ("http://[::1]:8081", 200), ("http://127.0.0.1", 200)):
-            self.assertEqual(sidecar.call("POST", "/start-request", headers={"Origin": origin})[0], expected, origin)
+        for origin, expected in (("https://example.com", 403), ("null", 403),
+                                 ("http://127.0.0.1.example.com:8081", 403),
+                                 ("http://localhost:8081", 200), ("http://[::1]:8081", 200),
+                                 ("http://127.0.0.1", 200)):
+            self.assertEqual(sidecar.call("POST", "/start-request", headers={"Origin": origin})[0],
+                             expected, origin)
         self.assertEqual(sidecar.active(), 3)
-        self.assertEqual(sidecar.call("GET", "/drain", headers={"Sec-Fetch-Site": "cross-site"})[0], 403)
+        self.assertEqual(sidecar.call("GET", "/drain", headers={"Sec-Fetch-Site": "cross-site"})[0],
+                         403)
 
     def test_it_listens_on_ipv4_and_ipv6(self):
         sidecar = self.sidecar(SIDECAR_HOST=None)
@@ -616,7 +671,8 @@ class TestEndpoints(Case):
             except OSError:
                 continue
             sidecar.host = host
-            self.assertEqual(sidecar.post("/start-request")[0], 200)    # IPv4-mapped loopback is loopback too
+            # IPv4-mapped loopback is loopback too.
+            self.assertEqual(sidecar.post("/start-request")[0], 200)
         for host in ("127.0.0.1", "localhost"):
             self.assertEqual(self.sidecar(SIDECAR_HOST=host).get("/health")[0], 200)
 
@@ -634,33 +690,40 @@ class TestHostileClients(Case):
 
     def statuses(self, data):
         answers = self.target.answers(data)
-        for status, headers, body in answers:
+        for status, _, body in answers:
             if status >= 400:
                 self.assertEqual(list(json.loads(body))[:1], ["error"])
         return [status for status, _, _ in answers]
 
     def test_malformed_requests_are_400(self):
-        for head in (b"GET", b"GET /health", b"GET /health HTTP/2.0", b"GET /health HTTP/1.1 x", b"GET  /health HTTP/1.1",
-                     b"GET health HTTP/1.1", b"G@T /health HTTP/1.1", b"\x16\x03\x01\x02\x00\x01\x00", b"GET /\x00 HTTP/1.1",
+        for head in (b"GET", b"GET /health", b"GET /health HTTP/2.0", b"GET /health HTTP/1.1 x",
+                     b"GET  /health HTTP/1.1", b"GET health HTTP/1.1", b"G@T /health HTTP/1.1",
+                     b"\x16\x03\x01\x02\x00\x01\x00", b"GET /\x00 HTTP/1.1",
                      b"GET /health HTTP/1.1\r\nno colon", b"GET /health HTTP/1.1\r\n: empty",
-                     b"GET /health HTTP/1.1\r\nspace : x", b"GET /health HTTP/1.1\r\nA: x\r\n folded",
-                     b"GET /health HTTP/1.1\r\nA: \x00", b"GET /health HTTP/1.1\r\nA: a\rb"):
+                     b"GET /health HTTP/1.1\r\nspace : x",
+                     b"GET /health HTTP/1.1\r\nA: x\r\n folded", b"GET /health HTTP/1.1\r\nA: \x00",
+                     b"GET /health HTTP/1.1\r\nA: a\rb"):
             self.assertEqual(self.statuses(head + b"\r\n\r\n"), [400], head)
 
     def test_over_long_heads_are_414_and_431(self):
         self.assertEqual(self.statuses(b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n"), [414])
         self.assertEqual(self.statuses(b"GET /" + b"x" * 100000), [414])
-        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nA: " + b"x" * 20000 + b"\r\n\r\n"), [431])
-        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\n" + b"A: x\r\n" * 20000 + b"\r\n"), [431])
-        self.assertEqual(self.statuses(b"GET /health HTTP/1.0\r\nA: " + b"x" * 8000 + b"\r\n\r\n"), [200])
+        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nA: " + b"x" * 20000 + b"\r\n\r\n"),
+                         [431])
+        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\n" + b"A: x\r\n" * 20000 + b"\r\n"),
+                         [431])
+        self.assertEqual(self.statuses(b"GET /health HTTP/1.0\r\nA: " + b"x" * 8000 + b"\r\n\r\n"),
+                         [200])
 
     def test_a_body_is_read_and_dropped(self):
         last = b"GET /health HTTP/1.0\r\n\r\n"
         for body in (b"Content-Length: 5\r\n\r\nhello", b"Content-Length: 0\r\n\r\n",
                      b"Content-Length: 65536\r\n\r\n" + b"x" * 65536,
                      b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
-                     b"Transfer-Encoding: Chunked\r\n\r\n00A;x=y\r\n0123456789\r\n1\r\nx\r\n0\r\nTrailer: x\r\n\r\n"):
-            for method, path in ((b"POST", b"/start-request"), (b"GET", b"/health"), (b"GET", b"/nowhere")):
+                     b"Transfer-Encoding: Chunked\r\n\r\n"
+                     b"00A;x=y\r\n0123456789\r\n1\r\nx\r\n0\r\nTrailer: x\r\n\r\n"):
+            for method, path in ((b"POST", b"/start-request"), (b"GET", b"/health"),
+                                 (b"GET", b"/nowhere")):
                 statuses = self.statuses(method + b" " + path + b" HTTP/1.1\r\n" + body + last)
                 self.assertEqual(statuses, [404 if path == b"/nowhere" else 200, 200], body[:60])
 
@@ -669,19 +732,25 @@ class TestHostileClients(Case):
         for fields, expected in ((b"Content-Length: 65537\r\n\r\n" + b"x" * 65537, 413),
                                  (b"Content-Length: 9999999999999999999999\r\n\r\n", 413),
                                  (b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 413),
-                                 (b"Content-Length: -1\r\n\r\n", 400), (b"Content-Length: 1_0\r\n\r\n", 400),
-                                 (b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
-                                 (b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+                                 (b"Content-Length: -1\r\n\r\n", 400),
+                                 (b"Content-Length: 1_0\r\n\r\n", 400),
+                                 (b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400), (
+                                     b"Content-Length: 5\r\nTransfer-Encoding: "
+                                     b"chunked\r\n\r\n0\r\n\r\n", 400),
                                  (b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
                                  (b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
-                                 (b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n", 400),
-                                 (b"Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n0\r\n\r\n", 400),
-                                 (b"Transfer-Encoding: chunked\r\n\r\n" + b"1" * 9000, 400),
-                                 (b"Transfer-Encoding: chunked\r\n\r\n10001\r\n" + b"x" * 65537, 413),
-                                 (b"Transfer-Encoding: chunked\r\n\r\n" + (b"8000\r\n" + b"x" * 32768 + b"\r\n") * 3, 413)):
-            self.assertEqual(self.statuses(b"POST /start-request HTTP/1.1\r\n" + fields + after), [expected], fields[:60])
+                                 (b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n",
+                                  400),
+                                 (b"Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n0\r\n\r\n",
+                                  400), (b"Transfer-Encoding: chunked\r\n\r\n" + b"1" * 9000, 400),
+                                 (b"Transfer-Encoding: chunked\r\n\r\n10001\r\n" + b"x" * 65537,
+                                  413), (b"Transfer-Encoding: chunked\r\n\r\n"
+                                         + (b"8000\r\n" + b"x" * 32768 + b"\r\n") * 3, 413)):
+            self.assertEqual(self.statuses(b"POST /start-request HTTP/1.1\r\n" + fields + after),
+                             [expected], fields[:60])
         self.assertEqual(self.target.active(), 0)
-        self.assertEqual(self.target.call("POST", "/start-request", b"x" * (8 << 20))[0], 413)     # sent whole, then read
+        # Sent whole, then read.
+        self.assertEqual(self.target.call("POST", "/start-request", b"x" * (8 << 20))[0], 413)
 
     def test_expect_100_continue(self):
         head = b"POST /start-request HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
@@ -691,24 +760,29 @@ class TestHostileClients(Case):
             self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n"))
         self.assertEqual(self.statuses(head % 70000), [413])
         old = head.replace(b"1.1", b"1.0") % 5
-        self.assertTrue(self.target.answers(old + b"hello")[0][0], 200)
-        with self.target.raw(old) as connection:        # an HTTP/1.0 client does not know what a 100 is
+        self.assertEqual(self.target.answers(old + b"hello")[0][0], 200)
+        with self.target.raw(old) as connection:    # an HTTP/1.0 client does not know what a 100 is
             connection.shutdown(socket.SHUT_WR)
             self.assertEqual(connection.recv(65536), b"")
 
     def test_pipelined_requests_are_answered_in_order(self):
-        self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\n\r\n\r\nGET /nowhere HTTP/1.1\n\nPOST /start-request HTTP/1.1\r\n"
-                                       b"\r\nPOST /health HTTP/1.1\r\nConnection: close\r\n\r\nGET /health HTTP/1.1\r\n\r\n"),
-                         [200, 404, 200, 405])
+        requests = (b"GET /health HTTP/1.1\r\n\r\n\r\n"
+                    b"GET /nowhere HTTP/1.1\n\n"
+                    b"POST /start-request HTTP/1.1\r\n\r\n"
+                    b"POST /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+                    b"GET /health HTTP/1.1\r\n\r\n")
+        self.assertEqual(self.statuses(requests), [200, 404, 200, 405])
 
     def test_http_1_0_and_connection_close(self):
-        for head, keeps in ((b"HTTP/1.0", False), (b"HTTP/1.0\r\nConnection: Keep-Alive", True), (b"HTTP/1.1", True),
-                            (b"HTTP/1.1\r\nConnection: Close", False)):
+        for head, keeps in ((b"HTTP/1.0", False), (b"HTTP/1.0\r\nConnection: Keep-Alive", True),
+                            (b"HTTP/1.1", True), (b"HTTP/1.1\r\nConnection: Close", False)):
             data = b"GET /health " + head + b"\r\n\r\n"
-            self.assertEqual(self.statuses(data * 2 + b"GET /ready HTTP/1.0\r\n\r\n"), [200] * (3 if keeps else 1), head)
+            self.assertEqual(self.statuses(data * 2 + b"GET /ready HTTP/1.0\r\n\r\n"),
+                             [200] * (3 if keeps else 1), head)
 
     def test_absolute_targets(self):
-        self.assertEqual(self.statuses(b"GET http://sidecar:8081/health HTTP/1.0\r\nHost: sidecar\r\n\r\n"), [200])
+        self.assertEqual(self.statuses(
+            b"GET http://sidecar:8081/health HTTP/1.0\r\nHost: sidecar\r\n\r\n"), [200])
         self.assertEqual(self.statuses(b"OPTIONS * HTTP/1.0\r\n\r\n"), [404])
 
     def test_requests_in_single_bytes(self):
@@ -733,7 +807,8 @@ class TestHostileClients(Case):
         self.target = self.sidecar(constants={"IDLE_SECONDS": 0.2})
         self.assertEqual(self.statuses(b""), [])
         self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\n\r\n"), [200])
-        self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\nContent-Length: 1\r\n\r\nxGET /ready HTTP/1.1\r\n\r\n"), [200] * 2)
+        two = b"GET /health HTTP/1.1\r\nContent-Length: 1\r\n\r\nxGET /ready HTTP/1.1\r\n\r\n"
+        self.assertEqual(self.statuses(two), [200] * 2)
 
     def test_a_client_that_does_not_read_its_answer(self):
         for _ in range(50):
@@ -749,8 +824,9 @@ class TestHostileClients(Case):
         with self.target.raw(b"") as refused:
             answer = b"".join(iter(lambda: refused.recv(65536), b""))
         self.assertTrue(answer.startswith(b"HTTP/1.1 503 "), answer)
-        self.assertEqual(json.loads(answer.partition(b"\r\n\r\n")[2].decode()), {"error": "too many connections"})
-        for _ in range(10):                             # and some that are gone before they are accepted
+        self.assertEqual(json.loads(answer.partition(b"\r\n\r\n")[2].decode()),
+                         {"error": "too many connections"})
+        for _ in range(10):                        # and some that are gone before they are accepted
             gone = self.target.raw(b"")
             gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gone.close()
@@ -768,7 +844,8 @@ class TestHostileClients(Case):
     def test_a_burst_of_300_connects(self):
         burst = [socket.socket() for _ in range(300)]
         self.addCleanup(lambda: [connection.close() for connection in burst])
-        self.target.signal(signal.SIGSTOP)              # so that nothing is accepted: it is the backlog that is tested
+        # So that nothing is accepted: it is the backlog that is tested.
+        self.target.signal(signal.SIGSTOP)
         for connection in burst:
             connection.settimeout(PATIENCE)
             connection.connect(("127.0.0.1", self.target.port))
@@ -783,16 +860,20 @@ class TestPrometheus(Case):
     """Port 9091, as text 0.0.4 and as OpenMetrics."""
 
     KINDS = {"sidecar_active_requests": "gauge", "sidecar_requests_total": "counter",
-             "sidecar_request_duration_seconds": "histogram", "sidecar_unmatched_ends_total": "counter",
+             "sidecar_request_duration_seconds": "histogram",
+             "sidecar_unmatched_ends_total": "counter",
              "sidecar_oldest_request_age_seconds": "gauge", "sidecar_draining": "gauge",
-             "sidecar_last_request_timestamp_seconds": "gauge", "sidecar_start_time_seconds": "gauge", "sidecar_info": "gauge"}
+             "sidecar_last_request_timestamp_seconds": "gauge",
+             "sidecar_start_time_seconds": "gauge", "sidecar_info": "gauge"}
 
     def families(self, text):
-        """Return {family: (type, help, {sample with labels: value})} of an exposition; each line is checked."""
+        """Return {family: (type, help, {sample with labels: value})} of an exposition; each line is
+        checked."""
         families, current = {}, None
         for line in text.splitlines():
             comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
-            sample = re.fullmatch(r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
+            sample = re.fullmatch(
+                r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
             if comment and comment.group(1) == "HELP":
                 current = comment.group(2)
                 self.assertNotIn(current, families)
@@ -803,28 +884,34 @@ class TestPrometheus(Case):
             else:
                 self.assertTrue(sample, line)
                 self.assertTrue(sample.group(1).startswith(current), line)
-                families[current][2][sample.group(1) + (sample.group(2) or "")] = float(sample.group(3))
+                families[current][2][sample.group(1)
+                                     + (sample.group(2) or "")] = float(sample.group(3))
         return families
 
     def test_every_metric_has_its_help_type_and_value(self):
         sidecar = self.sidecar()
-        for path in ("/start-request?id=a", "/start-request?id=b", "/end-request?id=a&duration=40ms", "/end-request"):
+        for path in ("/start-request?id=a", "/start-request?id=b",
+                     "/end-request?id=a&duration=40ms", "/end-request"):
             sidecar.post(path)
         families = self.families(sidecar.prometheus())
         self.assertEqual({name: families[name][0] for name in self.KINDS}, self.KINDS)
-        value = {name: samples for _, _, family in families.values() for name, samples in family.items()}
+        value = {name: samples for _, _, family in families.values()
+                 for name, samples in family.items()}
         self.assertEqual([value["sidecar_active_requests"], value["sidecar_requests_total"],
-                          value["sidecar_unmatched_ends_total"], value["sidecar_draining"]], [1, 2, 1, 0])
+                          value["sidecar_unmatched_ends_total"], value["sidecar_draining"]],
+                         [1, 2, 1, 0])
         self.assertGreater(value["sidecar_oldest_request_age_seconds"], 0)
         for name in ("sidecar_last_request_timestamp_seconds", "sidecar_start_time_seconds"):
             self.assertLess(abs(value[name] - time.time()), 2 * PATIENCE)
-        self.assertEqual([value[name] for name in value if name.startswith("sidecar_info{version=")], [1])
+        self.assertEqual(
+            [value[name] for name in value if name.startswith("sidecar_info{version=")], [1])
         if os.path.exists("/proc/self/stat"):
             with open("/proc/%d/statm" % sidecar.process.pid) as file:
                 pages = int(file.read().split()[1])
             self.assertLess(abs(value["process_resident_memory_bytes"] - pages * 4096), 8 << 20)
             self.assertLess(abs(value["process_start_time_seconds"] - time.time()), 2 * PATIENCE)
-            for name in ("process_cpu_seconds_total", "process_open_fds", "process_max_fds", "process_virtual_memory_bytes"):
+            for name in ("process_cpu_seconds_total", "process_open_fds", "process_max_fds",
+                         "process_virtual_memory_bytes"):
                 self.assertGreaterEqual(value[name], 0)
 
     def test_the_histogram_is_cumulative(self):
@@ -834,9 +921,11 @@ class TestPrometheus(Case):
             sidecar.post("/start-request")
             sidecar.post("/end-request?duration=%s" % seconds)
         _, _, samples = self.families(sidecar.prometheus())["sidecar_request_duration_seconds"]
-        buckets = [(re.search('le="(.*)"', name).group(1), count) for name, count in samples.items() if "_bucket" in name]
-        self.assertEqual([bound for bound, _ in buckets], ["0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0",
-                                                           "2.5", "5.0", "10.0", "30.0", "60.0", "+Inf"])
+        buckets = [(re.search('le="(.*)"', name).group(1), count) for name, count in samples.items()
+                   if "_bucket" in name]
+        self.assertEqual([bound for bound, _ in buckets],
+                         ["0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5",
+                          "5.0", "10.0", "30.0", "60.0", "+Inf"])
         for bound, count in buckets:
             self.assertEqual(count, sum(seconds <= float(bound) for seconds in durations), bound)
         self.assertEqual(samples["sidecar_request_duration_seconds_count"], 6)
@@ -844,10 +933,13 @@ class TestPrometheus(Case):
 
     def test_content_types_follow_accept(self):
         sidecar = self.sidecar()
-        for accept, expected in ((None, "text/plain; version=0.0.4; charset=utf-8"), ("text/plain", "text/plain; version=0.0.4; "
-                                 "charset=utf-8"), ("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2",
-                                 "application/openmetrics-text; version=1.0.0; charset=utf-8")):
-            with sidecar.raw(("GET /metrics HTTP/1.0\r\n%s\r\n" % ("Accept: %s\r\n" % accept if accept else "")).encode(),
+        text_format = "text/plain; version=0.0.4; charset=utf-8"
+        for accept, expected in (
+                (None, text_format), ("text/plain", text_format),
+                ("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2",
+                 "application/openmetrics-text; version=1.0.0; charset=utf-8")):
+            with sidecar.raw(("GET /metrics HTTP/1.0\r\n%s\r\n"
+                              % ("Accept: %s\r\n" % accept if accept else "")).encode(),
                              sidecar.metrics_port) as connection:
                 text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
             self.assertIn("Content-Type: %s\r\n" % expected, text)
@@ -862,8 +954,9 @@ class TestCommands(Case):
     def run_sidecar(self, *argv, **env):
         """Return (status, output, errors) of a command."""
         env = dict(os.environ, **{name: str(value) for name, value in env.items()})
-        done = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py")] + list(argv), env=env, timeout=PATIENCE,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        done = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py")] + list(argv),
+                              env=env, timeout=PATIENCE, stdin=subprocess.DEVNULL,
+                              capture_output=True)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
     def test_they_print_the_answer_and_exit_0_or_1(self):
@@ -874,16 +967,19 @@ class TestCommands(Case):
             self.assertEqual((status, errors), (0, ""), command)
             self.assertTrue(json.loads(output))
         self.assertIn('"request_id": "a"', output)
-        self.assertEqual(self.run_sidecar("health", SIDECAR_URL="", SIDECAR_PORT=sidecar.port)[0], 0)
+        self.assertEqual(self.run_sidecar("health", SIDECAR_URL="", SIDECAR_PORT=sidecar.port)[0],
+                         0)
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
-        self.assertEqual(self.run_sidecar("ready", SIDECAR_URL=sidecar.url), (1, '{"error": "draining"}\n', ""))
+        self.assertEqual(self.run_sidecar("ready", SIDECAR_URL=sidecar.url),
+                         (1, '{"error": "draining"}\n', ""))
         self.assertEqual(self.run_sidecar("health", SIDECAR_URL=sidecar.url)[0], 0)
 
     def test_drain_waits_as_long_as_the_sidecar_does(self):
         sidecar = self.sidecar()
         sidecar.post("/start-request?id=a")
-        drain = self.program(sys.executable, os.path.join(HERE, "sidecar.py"), "drain", env={"SIDECAR_URL": sidecar.url})
+        drain = self.program(sys.executable, os.path.join(HERE, "sidecar.py"), "drain",
+                             env={"SIDECAR_URL": sidecar.url})
         sidecar.wait_for("drain started")
         self.assertIsNone(drain.process.poll())
         sidecar.post("/end-request?id=a")
@@ -898,7 +994,8 @@ class TestCommands(Case):
     def test_without_a_sidecar_there_it_is_one_line_and_1(self):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))            # and nobody listens
-            status, output, errors = self.run_sidecar("health", SIDECAR_URL="http://127.0.0.1:%d" % taken.getsockname()[1])
+            status, output, errors = self.run_sidecar("health", SIDECAR_URL="http://127.0.0.1:%d"
+                                                      % taken.getsockname()[1])
         self.assertEqual((status, output, errors.count("\n")), (1, "", 1))
 
     def test_help_and_version(self):
@@ -917,14 +1014,20 @@ class TestCommands(Case):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen(1)
-            for name, value in (("SIDECAR_PORT", "http"), ("SIDECAR_PORT", "65536"), ("METRICS_PORT", "-1"),
-                                ("SIDECAR_PORT", str(taken.getsockname()[1])), ("METRICS_PORT", str(taken.getsockname()[1])),
-                                ("GRACE_PERIOD_SECONDS", "soon"), ("GRACE_PERIOD_SECONDS", "-1"), ("GRACE_PERIOD_SECONDS", "nan"),
-                                ("QUIET_PERIOD_SECONDS", "1d"), ("TRUSTED_CLIENTS", "10.0.0.0/33"), ("TRUSTED_CLIENTS", "pod"),
-                                ("LOG_LEVEL", "LOUD"), ("LOG_FORMAT", "xml"), ("SIDECAR_HOST", "no.such.host.invalid"), ("SIDECAR_HOST", "a..b"),
+            port = str(taken.getsockname()[1])
+            for name, value in (("SIDECAR_PORT", "http"), ("SIDECAR_PORT", "65536"),
+                                ("METRICS_PORT", "-1"), ("SIDECAR_PORT", port),
+                                ("METRICS_PORT", port),
+                                ("GRACE_PERIOD_SECONDS", "soon"), ("GRACE_PERIOD_SECONDS", "-1"),
+                                ("GRACE_PERIOD_SECONDS", "nan"), ("QUIET_PERIOD_SECONDS", "1d"),
+                                ("TRUSTED_CLIENTS", "10.0.0.0/33"), ("TRUSTED_CLIENTS", "pod"),
+                                ("LOG_LEVEL", "LOUD"), ("LOG_FORMAT", "xml"),
+                                ("SIDECAR_HOST", "no.such.host.invalid"), ("SIDECAR_HOST", "a..b"),
                                 ("SIDECAR_URL", "ftp://x"), ("SIDECAR_URL", "http://x:y")):
-                env = dict({"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0}, **{name: value})
-                status, output, errors = self.run_sidecar(*["health"] if name == "SIDECAR_URL" else [], **env)
+                env = dict({"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0},
+                           **{name: value})
+                argv = ["health"] if name == "SIDECAR_URL" else []
+                status, output, errors = self.run_sidecar(*argv, **env)
                 self.assertEqual((status, output, errors.count("\n")), (2, "", 1), errors)
                 self.assertIn(name, errors)
                 self.assertIn(value, errors)
@@ -935,8 +1038,8 @@ class TestLogs(Case):
 
     def test_text(self):
         sidecar = self.sidecar()
-        self.assertRegex(sidecar.lines[0], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO listening api=http://127.0.0.1:\d+ "
-                                           r"metrics=http://127.0.0.1:\d+ version=")
+        self.assertRegex(sidecar.lines[0], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO listening "
+                         r"api=http://127.0.0.1:\d+ metrics=http://127.0.0.1:\d+ version=")
         sidecar.post("/start-request?id=a%20b")
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for('drain started .* oldest_request_id="a b"')
@@ -949,8 +1052,9 @@ class TestLogs(Case):
         events = [json.loads(line) for line in sidecar.lines]
         for event in events:
             self.assertEqual(list(event)[:3], ["time", "level", "event"])
-        self.assertEqual([event["event"] for event in events], ["listening", "signal", "drain started", "drain timed out",
-                                                                "still active", "exit"])
+        self.assertEqual([event["event"] for event in events],
+                         ["listening", "signal", "drain started", "drain timed out", "still active",
+                          "exit"])
         self.assertEqual(events[1]["signal"], "SIGTERM")
         self.assertEqual((events[2]["active_requests"], events[2]["oldest_request_id"]), (1, 'a"b'))
         self.assertEqual((events[4]["level"], events[4]["request_id"]), ("WARNING", 'a"b'))
@@ -985,7 +1089,8 @@ class TestLogs(Case):
 
     def test_json_is_whole_however_long_a_client_makes_it(self):
         sidecar = self.sidecar(LOG_FORMAT="json", LOG_LEVEL="DEBUG")
-        for method, path in (("GET", "/" + "a" * 8000), ("GET", "/health?" + "a" * 8000), ("A" * 8000, "/health"),
+        for method, path in (("GET", "/" + "a" * 8000), ("GET", "/health?" + "a" * 8000),
+                             ("A" * 8000, "/health"),
                              ("POST", "/start-request?id=" + "%F0%9F%99%82" * 128)):
             sidecar.call(method, path)
         until(lambda: len(sidecar.lines) == 5, "a line for each request")
@@ -1003,7 +1108,8 @@ class TestLogs(Case):
             sidecar.post("/end-request?id=a")
             sidecar.wait()
         self.assertNotIn("/start-request", quiet.log)
-        loud.wait_for("DEBUG request client=127.0.0.1 method=POST path=/start-request query=\"id=a\" status=200")
+        loud.wait_for("DEBUG request client=127.0.0.1 method=POST path=/start-request "
+                      'query="id=a" status=200')
 
 
 class TestGivenUp(Case):
@@ -1017,7 +1123,8 @@ class TestGivenUp(Case):
         sidecar.wait_for("request given up request_id=hung age_seconds=")
         self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 2)
         for query in ("?id=hung&duration=7s", "?duration=8s"):          # late, and no error
-            self.assertEqual(sidecar.post("/end-request" + query), (200, {"active_requests": 0, "draining": False}))
+            self.assertEqual(sidecar.post("/end-request" + query),
+                             (200, {"active_requests": 0, "draining": False}))
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 15)
         self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
         self.assertEqual(sidecar.post("/end-request")[0], 409)
@@ -1034,8 +1141,10 @@ class TestGivenUp(Case):
         sidecar.post("/start-request")
         sidecar.post("/reset")
         sidecar.post("/start-request")
-        self.assertEqual(sidecar.post("/end-request"), (200, {"active_requests": 0, "draining": False}))
-        self.assertEqual(sidecar.post("/end-request"), (200, {"active_requests": 0, "draining": False}))
+        self.assertEqual(sidecar.post("/end-request"),
+                         (200, {"active_requests": 0, "draining": False}))
+        self.assertEqual(sidecar.post("/end-request"),
+                         (200, {"active_requests": 0, "draining": False}))
         self.assertEqual(sidecar.post("/end-request")[0], 409)
 
     def test_reset_gives_up_everything(self):
@@ -1062,7 +1171,8 @@ class HangingServer:
     """A port that takes connections and never answers; `heard` is an event."""
 
     def __init__(self):
-        self.socket = socket.create_server(("127.0.0.1", 0)) if hasattr(socket, "create_server") else socket.socket()
+        self.socket = socket.create_server(("127.0.0.1", 0)) if hasattr(
+            socket, "create_server") else socket.socket()
         if not hasattr(socket, "create_server"):
             self.socket.bind(("127.0.0.1", 0))
             self.socket.listen(5)
@@ -1091,7 +1201,8 @@ class TestSidecarClient(Case):
         import echo_bot
         client = echo_bot.Sidecar(url)
         vars(client).update(constants)
-        self.addCleanup(lambda: client._threads_own.connection and client._threads_own.connection.close())
+        self.addCleanup(lambda: client._threads_own.connection
+                        and client._threads_own.connection.close())
         return client
 
     def test_it_reports_the_start_and_the_end_with_the_duration(self):
@@ -1102,7 +1213,8 @@ class TestSidecarClient(Case):
             until(lambda: sidecar.get("/requests")[1][0]["age_seconds"])
             seconds = time.monotonic() - began
         self.assertEqual(sidecar.active(), 0)
-        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), seconds - 1e-6)
+        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"),
+                                seconds - 1e-6)
         for _ in range(10):
             with client.track():
                 self.assertEqual(sidecar.active(), 1)
@@ -1137,17 +1249,19 @@ class TestSidecarClient(Case):
     def test_a_connection_that_the_sidecar_closed_is_opened_again(self):
         sidecar = self.sidecar(constants={"IDLE_SECONDS": 0.05})
         client = self.client(sidecar.url)
-        for turn in range(3):
+        for _ in range(3):
             with client.track():
                 self.assertEqual(sidecar.active(), 1)
                 kept = client._threads_own.connection.sock
-                self.assertTrue(select.select([kept], [], [], PATIENCE)[0])     # readable: its end has come
+                # Readable: its end has come.
+                self.assertTrue(select.select([kept], [], [], PATIENCE)[0])
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
 
     def test_without_a_sidecar_the_work_is_done_and_it_is_left_alone(self):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
-            client, done = self.client("http://127.0.0.1:%d" % taken.getsockname()[1], REST_SECONDS=3600), []
+            client, done = self.client("http://127.0.0.1:%d" % taken.getsockname()[1],
+                                       REST_SECONDS=3600), []
             with self.assertLogs("echo_bot") as logs:
                 for turn in range(100):
                     with client.track():
@@ -1185,7 +1299,8 @@ class TestConsole(Case):
 
     def bot(self, **env):
         env = dict({"SIDECAR_URL": None, "BOT_TOKEN": None, "KAFKA_BROKERS": None}, **env)
-        return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=env, stdin=subprocess.PIPE)
+        return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=env,
+                            stdin=subprocess.PIPE)
 
     def say(self, bot, *lines):
         for line in lines:
@@ -1201,7 +1316,8 @@ class TestConsole(Case):
 
     def test_each_line_is_echoed_and_end_of_input_ends_it(self):
         bot = self.bot(SIDECAR_URL="http://127.0.0.1:9")
-        self.say(bot, "hello", "", "päivää 👋", '{"update_id": 1, "callback_query": {"id": "7", "data": "yes"}}',
+        self.say(bot, "hello", "", "päivää 👋",
+                 '{"update_id": 1, "callback_query": {"id": "7", "data": "yes"}}',
                  '{"update_id": 2, "edited_message": {}}', '{"message": 7}', "[1]", "[" * 100000)
         bot.process.stdin.close()
         self.assertEqual(bot.wait(), 0)
@@ -1250,7 +1366,8 @@ class TestConsole(Case):
             with open("/proc/%d/stat" % pid) as file:
                 return file.read().rpartition(")")[2].split()[0] == "S"
         until(waits, "it waits for a line")
-        other = next(int(thread) for thread in os.listdir("/proc/%d/task" % pid) if int(thread) != pid)
+        other = next(int(thread) for thread in os.listdir("/proc/%d/task" % pid)
+                     if int(thread) != pid)
         self.assertEqual(tgkill(pid, other, signal.SIGTERM), 0)       # the main thread is not woken
         self.assertEqual(bot.wait(), 0, bot.log)
 
@@ -1270,7 +1387,8 @@ class TestConsole(Case):
             return again.get("/metrics")[1]["total_requests"]
         until(tracked)
         bot.wait_for("reporting to the sidecar", before)
-        self.assertEqual([bot.log.count("reporting to the sidecar"), bot.log.count("working without a sidecar")], [2, 1])
+        self.assertEqual([bot.log.count("reporting to the sidecar"),
+                          bot.log.count("working without a sidecar")], [2, 1])
 
     def test_a_crashed_workers_requests_are_given_up_when_it_starts_again(self):
         sidecar = self.sidecar()
@@ -1304,7 +1422,8 @@ class TestConsole(Case):
         def echo(text):
             chat["message"]["text"] = text
             method, params = reply_to(chat)
-            self.assertEqual((method, params["chat_id"], params["reply_parameters"]["message_id"]), ("sendMessage", -7, 5))
+            self.assertEqual((method, params["chat_id"], params["reply_parameters"]["message_id"]),
+                             ("sendMessage", -7, 5))
             return params["text"]
 
         self.assertEqual(echo("hi"), "Echo: hi")
@@ -1314,8 +1433,10 @@ class TestConsole(Case):
         self.assertEqual(echo("x" + "👋" * 4096), "Echo: x" + "👋" * 2044)
         method, params = reply_to({"callback_query": {"id": "9", "data": "é" * 300}})
         self.assertEqual((method, params), ("answerCallbackQuery", {"callback_query_id": "9",
-                                                                    "text": "Received: " + "é" * 190}))
-        for update in ({"edited_message": {"text": "x"}}, {"message": {"message_id": 1, "chat": {"id": 1}, "sticker": {}}},
+                                                                    "text": "Received: "
+                                                                    + "é" * 190}))
+        for update in ({"edited_message": {"text": "x"}},
+                       {"message": {"message_id": 1, "chat": {"id": 1}, "sticker": {}}},
                        {"update_id": 7}, {"a_kind_of_the_future": {"text": "x"}}):
             self.assertIsNone(reply_to(update))
 
@@ -1329,8 +1450,8 @@ def readme_blocks(language):
 class ScriptedSidecar(http.server.ThreadingHTTPServer):
     """Stands in for a sidecar that does what a real one cannot be made to do.
 
-    It tells every POST that it is `draining` or not, and closes the connection of every GET instead of answering; of
-    every POST too while it is `away`.
+    It tells every POST that it is `draining` or not, and closes the connection of every GET instead
+    of answering; of every POST too while it is `away`.
     """
 
     class RequestHandlerClass(http.server.BaseHTTPRequestHandler):
@@ -1380,10 +1501,12 @@ class ScriptedSidecar(http.server.ThreadingHTTPServer):
 
 
 class Clients:
-    """What each client in the README must do. A language adds how its blocks become a program, and its own handler.
+    """What each client in the README must do. A language adds how its blocks become a program, and
+    its own handler.
 
-    Every program reads its messages from standard input, a line each, and ends with status 0 at the end of it. "work"
-    takes 60 ms; "hold" lasts until the next line; "throw" throws an error. It prints "took ..." and "did ...".
+    Every program reads its messages from standard input, a line each, and ends with status 0 at the
+    end of it. "work" takes 60 ms; "hold" lasts until the next line; "throw" throws an error. It
+    prints "took ..." and "did ...".
     """
     DONE = ["took work b", "did work b", "took work c", "did work c"]
 
@@ -1436,7 +1559,8 @@ class Clients:
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
         self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 2 * 0.06)
         self.assertLess(sidecar.sample("sidecar_request_duration_seconds_sum"), 4 * PATIENCE)
-        self.assertEqual(len(re.findall("path=/end-request .*duration=.*status=200", sidecar.log)), 3, sidecar.log)
+        self.assertEqual(len(re.findall("path=/end-request .*duration=.*status=200", sidecar.log)),
+                         3, sidecar.log)
 
     def test_two_workers_never_share_an_id(self):
         sidecar = self.sidecar()
@@ -1486,12 +1610,12 @@ class Clients:
         self.assertEqual(self.work(worker), self.DONE)
 
     def test_an_absent_sidecar_does_not_stop_the_work(self):
-        with socket.socket() as taken:          # bound, so that nobody else gets the port; not listening
+        with socket.socket() as taken:     # bound, so that nobody else gets the port; not listening
             taken.bind(("127.0.0.1", 0))
             self.check_all_work_is_done("http://127.0.0.1:%d" % taken.getsockname()[1])
 
     def test_a_sidecar_that_hangs_does_not_stop_the_work(self):
-        with socket.socket() as deaf:           # the kernel accepts the connections, nobody ever answers
+        with socket.socket() as deaf:      # the kernel accepts the connections, nobody ever answers
             deaf.bind(("127.0.0.1", 0))
             deaf.listen(50)
             self.check_all_work_is_done("http://127.0.0.1:%d" % deaf.getsockname()[1])
@@ -1518,7 +1642,8 @@ class Clients:
         worker.wait_for("did hold a")
         drain.join(PATIENCE)
         before = len(sidecar.lines)
-        for _ in range(2):      # the worker asks whether it may go on, again and again, and takes nothing
+        # The worker asks whether it may go on, again and again, and takes nothing.
+        for _ in range(2):
             sidecar.wait_for("path=/ready", after=before)
             before = len(sidecar.lines)
         self.assertNotIn("took work b", worker.log)
@@ -1543,7 +1668,8 @@ class Clients:
         worker.wait_for("took hold a")
         sidecar.draining = True
         self.tell(worker, "release", "work b")
-        sidecar.wait_until(lambda: sidecar.gets >= 3)       # more often than a client repeats a call that failed
+        # More often than a client repeats a call that failed.
+        sidecar.wait_until(lambda: sidecar.gets >= 3)
         worker.signal(signal.SIGTERM)
         self.assertEqual(worker.wait(), 0, worker.log)
         self.assertEqual(self.work(worker), ["took hold a", "did hold a"])
@@ -1589,7 +1715,8 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 def samples(text):
     """Return {sample with its labels: value} of an exposition."""
-    return {name: float(value) for name, value in re.findall(r"^([a-z_]+(?:\{.*\})?) (\S+)$", text, re.MULTILINE)}
+    return {name: float(value)
+            for name, value in re.findall(r"^([a-z_]+(?:\{.*\})?) (\S+)$", text, re.MULTILINE)}
 
 
 class TestPage(Case):
@@ -1597,7 +1724,8 @@ class TestPage(Case):
 
     def front(self, accept):
         """Return (headers, body) of the answer to GET /."""
-        answers = self.sidecar().answers(b"GET / HTTP/1.1\r\nAccept: %s\r\nConnection: close\r\n\r\n" % accept)
+        answers = self.sidecar().answers(
+            b"GET / HTTP/1.1\r\nAccept: %s\r\nConnection: close\r\n\r\n" % accept)
         status, headers, body = answers[0]
         self.assertEqual((status, len(answers)), (200, 1))
         return headers, body
@@ -1607,7 +1735,8 @@ class TestPage(Case):
         self.assertEqual(headers["content-type"], "text/html; charset=utf-8")
         head = sum(len("%s: %s\r\n" % header) for header in headers.items())
         self.assertLess(head + len(body.encode()), 5 * 1024)
-        self.assertNotRegex(body, r"(?i)https?:|\bsrc=|\bhref=|@import|url\(|innerHTML|\son[a-z]+=|\sstyle=")
+        self.assertNotRegex(
+            body, r"(?i)https?:|\bsrc=|\bhref=|@import|url\(|innerHTML|\son[a-z]+=|\sstyle=")
 
     def test_its_policy_allows_its_own_script_and_style_and_nothing_else(self):
         headers, body = self.front(b"text/html")
@@ -1617,12 +1746,14 @@ class TestPage(Case):
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
             self.assertEqual(policy.pop(tag + "-src"), "'sha256-%s'" % digest)
         self.assertEqual(policy.pop("connect-src"), "'self'")
-        self.assertEqual(policy, dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"))
+        self.assertEqual(policy, dict.fromkeys(
+            ("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"))
 
     def test_curl_gets_the_list_of_endpoints(self):
         headers, body = self.front(b"*/*")
         self.assertEqual(headers["content-type"], "text/plain; charset=utf-8")
-        for path in "/start-request /end-request /reset /metrics /requests /health /ready /drain".split():
+        for path in ("/start-request", "/end-request", "/reset", "/metrics", "/requests", "/health",
+                     "/ready", "/drain"):
             self.assertIn(" %s " % path, body)
         self.assertNotIn("Variables", body)
 
@@ -1633,13 +1764,15 @@ class TestScrapes(Case):
     def test_scrapes_add_up_while_requests_come_and_go(self):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
-        with open(os.path.join(folder, "sitecustomize.py"), "w") as file:       # its threads take turns all the time
+        # Its threads take turns all the time.
+        with open(os.path.join(folder, "sitecustomize.py"), "w") as file:
             file.write("import sys; sys.setswitchinterval(1e-6)")
         sidecar = self.sidecar(PYTHONPATH=folder)
         over = threading.Event()
 
         def work(number):
-            """Start and end requests, many in one piece. Each takes a quarter of a second, it says: sums are exact."""
+            """Start and end requests, many in one piece. Each takes a quarter of a second, it says:
+            sums are exact."""
             paths = ("/start-request", "/start-request?id=%d" % number,
                      "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
             batch = "".join("POST %s HTTP/1.1\r\n\r\n" % path for path in paths).encode() * 25
@@ -1650,14 +1783,17 @@ class TestScrapes(Case):
                         next(line for line in answers if line.startswith(b"HTTP/1.1 200"))
 
         def scrape():
-            connection = http.client.HTTPConnection(sidecar.host, sidecar.metrics_port, timeout=PATIENCE)
+            connection = http.client.HTTPConnection(sidecar.host, sidecar.metrics_port,
+                                                    timeout=PATIENCE)
             self.addCleanup(connection.close)
             before, seen = {}, set()
             for turn in range(1500):
-                connection.request("GET", "/metrics", headers={"Accept": OPENMETRICS if turn % 2 else ""})
+                connection.request("GET", "/metrics",
+                                   headers={"Accept": OPENMETRICS if turn % 2 else ""})
                 values = samples(connection.getresponse().read().decode())
                 ended = values["sidecar_request_duration_seconds_count"]
-                self.assertEqual(values["sidecar_requests_total"], values["sidecar_active_requests"] + ended)
+                self.assertEqual(values["sidecar_requests_total"],
+                                 values["sidecar_active_requests"] + ended)
                 self.assertEqual(values["sidecar_request_duration_seconds_sum"], ended / 4)
                 for name, value in values.items():
                     if name.startswith("sidecar_request_duration_seconds_bucket"):
@@ -1676,23 +1812,25 @@ class TestScrapes(Case):
                 over.set()
 
         seen = in_threads(4, play)[0]
-        self.assertGreater(len({active for active, _ in seen}), 2)      # or nothing went on meanwhile
+        self.assertGreater(len({active for active, _ in seen}), 2)    # or nothing went on meanwhile
         self.assertGreater(len(seen), 30)
 
     def test_what_was_given_up_adds_up_too(self):
         sidecar = self.sidecar()
-        for path in ("/start-request?id=a", "/start-request", "/end-request?id=a", "/reset", "/start-request"):
+        for path in ("/start-request?id=a", "/start-request", "/end-request?id=a", "/reset",
+                     "/start-request"):
             sidecar.post(path)
         values = samples(sidecar.prometheus())
         self.assertEqual([values["sidecar_" + name] for name in (
-            "requests_total", "active_requests", "request_duration_seconds_count", "requests_expired_total")],
+            "requests_total", "active_requests", "request_duration_seconds_count",
+            "requests_expired_total")],
             [3, 1, 1, 1])
 
 
 WORKER = r"""
 import os, signal, sys
 def say(text):
-    os.write(1, text.encode() + b"\n")      # in one piece, for the sidecar's log goes to the same pipe
+    os.write(1, text.encode() + b"\n")      # In one piece: the sidecar's log goes to this pipe too.
 def tell(number, frame):
     say("got " + signal.Signals(number).name)
     if number == signal.SIGTERM and "stubborn" not in sys.argv:
@@ -1732,8 +1870,10 @@ class TestRun(Case):
     def done(self, *command, **options):
         """Run a command under the sidecar to its end; return (status, output, errors)."""
         env = dict(os.environ, SIDECAR_HOST="127.0.0.1", SIDECAR_PORT="0", METRICS_PORT="0")
-        options = dict(dict(env=env, timeout=PATIENCE, stdout=subprocess.PIPE, stderr=subprocess.PIPE), **options)
-        run = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--"] + list(command), **options)
+        options = dict(dict(env=env, timeout=PATIENCE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE), **options)
+        run = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--"]
+                             + list(command), **options)
         return run.returncode, (run.stdout or b"").decode(), (run.stderr or b"").decode()
 
     def test_the_worker_hears_of_sigterm_when_the_drain_is_over(self):
@@ -1753,9 +1893,10 @@ class TestRun(Case):
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "only Linux has CPU affinities")
     def test_the_sidecar_keeps_to_one_cpu_and_leaves_the_worker_all_of_them(self):
         sidecar = self.worker()
-        sidecar.get("/health")                              # there is a thread of a connection as well
+        sidecar.get("/health")                           # there is a thread of a connection as well
         pid = sidecar.process.pid
-        cpus = {cpu for thread in os.listdir("/proc/%d/task" % pid) for cpu in os.sched_getaffinity(int(thread))}
+        cpus = {cpu for thread in os.listdir("/proc/%d/task" % pid)
+                for cpu in os.sched_getaffinity(int(thread))}
         self.assertEqual(len(cpus), 1)
         self.assertEqual(os.sched_getaffinity(child_of(pid)), os.sched_getaffinity(0))
 
@@ -1778,7 +1919,8 @@ class TestRun(Case):
         sidecar.wait_for("request given up request_id=a age_seconds=")
 
     def test_it_is_killed_when_the_grace_period_is_over(self):
-        sidecar = self.worker("stubborn", GRACE_PERIOD_SECONDS=0.3, constants={"LINGER_SECONDS": 0.1})
+        sidecar = self.worker("stubborn", GRACE_PERIOD_SECONDS=0.3,
+                              constants={"LINGER_SECONDS": 0.1})
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 128 + signal.SIGKILL)
         sidecar.wait_for("got SIGTERM")
@@ -1805,19 +1947,21 @@ class TestRun(Case):
             sidecar.wait_for("request given up request_id=%s age_seconds=" % name)
         sidecar.wait_for("worker ended status=137")
         caller.join(PATIENCE)
-        self.assertEqual(len(waiting), 1)                   # whoever waited for a drain got an answer
+        self.assertEqual(len(waiting), 1)                 # whoever waited for a drain got an answer
 
     def test_other_signals_are_passed_on_at_once(self):
         sidecar = self.worker()
         sidecar.post("/start-request")
-        for name in ("HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT", "ALRM", "URG", "IO", "PWR", "RTMIN", "RTMAX"):
+        for name in ("HUP", "QUIT", "USR1", "USR2", "WINCH", "CONT", "ALRM", "URG", "IO", "PWR",
+                     "RTMIN", "RTMAX"):
             sidecar.signal(getattr(signal, "SIG" + name))
             sidecar.wait_for("got SIG(%s|%s)$" % (name, "POLL" if name == "IO" else name))
         self.assertEqual(sidecar.active(), 1)
         self.assertEqual(sidecar.get("/ready")[0], 200)
 
     def test_exit_statuses(self):
-        for script, expected in (("exit 0", 0), ("exit 7", 7), ("exit 255", 255), ("kill -9 $$", 137), ("kill -15 $$", 143)):
+        for script, expected in (("exit 0", 0), ("exit 7", 7), ("exit 255", 255),
+                                 ("kill -9 $$", 137), ("kill -15 $$", 143)):
             self.assertEqual(self.done("sh", "-c", script)[0], expected, script)
 
     def test_a_command_that_cannot_be_run_is_one_line(self):
@@ -1825,8 +1969,9 @@ class TestRun(Case):
             script = os.path.join(folder, "script")
             with open(script, "w") as file:
                 file.write("no program\n")
-            for mode, command, expected in ((0o644, script, 126), (0o755, script, 126), (0o755, folder, 126),
-                                            (0o755, "no-such-command", 127), (0o755, script + "/x", 127),
+            for mode, command, expected in ((0o644, script, 126), (0o755, script, 126),
+                                            (0o755, folder, 126), (0o755, "no-such-command", 127),
+                                            (0o755, script + "/x", 127),
                                             (0o755, folder + "/no-such-command", 127)):
                 os.chmod(script, mode)
                 status, output, errors = self.done(command)
@@ -1835,28 +1980,36 @@ class TestRun(Case):
 
     def test_without_a_command_it_is_one_line_and_2(self):
         for argv in (["run"], ["run", "--"], ["run", "true"]):
-            run = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py")] + argv, stderr=subprocess.PIPE, timeout=PATIENCE)
+            run = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py")] + argv,
+                                 stderr=subprocess.PIPE, timeout=PATIENCE)
             self.assertEqual((run.returncode, run.stderr.count(b"\n")), (2, 1), argv)
 
     def test_what_the_worker_inherits(self):
-        """Standard input, output and errors, other descriptors, signal mask and dispositions: as without the sidecar."""
+        """Standard input, output and errors, other descriptors, signal mask and dispositions: as
+        without the sidecar."""
         with tempfile.TemporaryFile() as file:
             os.set_inheritable(file.fileno(), True)
-            script = ("read line; echo out $line; echo err >&2; ls -l /proc/self/fd | sed 's/.*[0-9][0-9]:[0-9][0-9] //' | "
-                      "grep -c tmp; exec grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
+            script = ("read line; echo out $line; echo err >&2; "
+                      "ls -l /proc/self/fd | sed 's/.*[0-9][0-9]:[0-9][0-9] //' | grep -c tmp; "
+                      "exec grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
             options = dict(input=b"in\n", close_fds=False)
-            plain = subprocess.run([shutil.which("sh"), "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE, **options)
+            plain = subprocess.run([shutil.which("sh"), "-c", script], capture_output=True,
+                                   timeout=PATIENCE, **options)
             status, output, errors = self.done("sh", "-c", script, **options)
         self.assertEqual((status, output), (0, plain.stdout.decode()))
         self.assertIn("err\n", errors)
-        descriptors = self.done(sys.executable, "-c", "import os; print(len(os.listdir('/proc/self/fd')))")[1]
-        self.assertEqual(descriptors, "4\n")                # three, and the one of listdir: no socket of the sidecar's
+        descriptors = self.done(sys.executable, "-c",
+                                "import os; print(len(os.listdir('/proc/self/fd')))")[1]
+        # Three, and the one of listdir: no socket of the sidecar's.
+        self.assertEqual(descriptors, "4\n")
 
     def test_a_parent_that_ignored_sigchld(self):
         """Such a disposition is inherited, and the kernel then tells nobody how a child ended."""
-        ignoring = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
-        run = subprocess.run([sys.executable, "-c", ignoring, sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--",
-                              "sh", "-c", "exit 7"], env=dict(os.environ, SIDECAR_PORT="0", METRICS_PORT="0"),
+        ignoring = ("import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+                    "os.execv(sys.argv[1], sys.argv[1:])")
+        run = subprocess.run([sys.executable, "-c", ignoring, sys.executable,
+                              os.path.join(HERE, "sidecar.py"), "run", "--", "sh", "-c", "exit 7"],
+                             env=dict(os.environ, SIDECAR_PORT="0", METRICS_PORT="0"),
                              stderr=subprocess.DEVNULL, timeout=PATIENCE)
         self.assertEqual(run.returncode, 7)
 
@@ -1865,7 +2018,8 @@ class TestRun(Case):
         pid, terminal = pty.fork()
         if pid == 0:
             os.environ.update(SIDECAR_PORT="0", METRICS_PORT="0", GRACE_PERIOD_SECONDS="1h")
-            os.execv(sys.executable, [sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--", sys.executable, "-c", WORKER])
+            os.execv(sys.executable, [sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--",
+                                      sys.executable, "-c", WORKER])
         shown = b""
 
         def read():
@@ -1876,23 +2030,26 @@ class TestRun(Case):
             for press, expected in ((lambda: None, b"listening"), (lambda: None, b"worker is up"),
                                     (lambda: os.write(terminal, b"\x03"), b"got SIGINT"),
                                     (lambda: os.write(terminal, b"\x1c"), b"got SIGQUIT"),
-                                    (lambda: fcntl.ioctl(terminal, 0x5414, struct.pack("HHHH", 7, 7, 7, 7)), b"got SIGWINCH")):
-                press()                                     # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ)
+                                    (lambda: fcntl.ioctl(terminal, 0x5414, struct.pack(
+                                        "HHHH", 7, 7, 7, 7)), b"got SIGWINCH")):
+                press()                   # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ)
                 while expected not in shown:
                     shown += read()
-            os.kill(pid, signal.SIGTERM)                    # no terminal's, so it drains and passes it on
+            os.kill(pid, signal.SIGTERM)              # no terminal's, so it drains and passes it on
             while True:
                 try:
                     shown += read()
-                except OSError:                             # the terminal's way to say that all have closed it
+                except OSError:                  # the terminal's way to say that all have closed it
                     break
         finally:
             os.close(terminal)
             os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
         self.assertEqual(os.WEXITSTATUS(status), 3, shown)
-        self.assertEqual([shown.count(b"got " + name) for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
-        self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")], [1, 1], shown)
+        self.assertEqual([shown.count(b"got " + name)
+                          for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
+        self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
+                         [1, 1], shown)
 
     def test_nothing_wakes_up_while_idle(self):
         for sidecar in (self.sidecar(), self.worker()):
@@ -1904,14 +2061,15 @@ class TestRun(Case):
                 for task in os.listdir(folder):
                     try:
                         with open("%s/%s/status" % (folder, task)) as file:
-                            told[task] = int(file.read().rpartition("\nvoluntary_ctxt_switches:")[2].split()[0])
+                            last = file.read().rpartition("\nvoluntary_ctxt_switches:")[2]
+                            told[task] = int(last.split()[0])
                     except OSError:                         # the thread of the call above ends
                         told[task] = None
                 return told
 
             def unchanged():
                 before = switches()
-                time.sleep(1.5)                             # nothing to wait for: it is nothing that should happen
+                time.sleep(1.5)              # nothing to wait for: it is nothing that should happen
                 return before == switches()
             until(unchanged, "an idle while")
 
@@ -1919,73 +2077,90 @@ class TestRun(Case):
 class TestCallers(Case):
     """Who may call what."""
 
-    CHANGING = (("POST", "/start-request"), ("POST", "/end-request?duration=1s"), ("POST", "/reset"), ("POST", "/drain"),
-                ("GET", "/drain"), ("HEAD", "/drain"))
+    CHANGING = (("POST", "/start-request"), ("POST", "/end-request?duration=1s"),
+                ("POST", "/reset"), ("POST", "/drain"), ("GET", "/drain"), ("HEAD", "/drain"))
 
     def test_a_page_of_another_site(self):
         sidecar = self.sidecar()
         for method, path in self.CHANGING:
-            for headers in ({"Origin": "https://example.com"}, {"Origin": "null"}, {"Origin": ""}, {"Origin": "http://127.0.0.1.example.com"},
-                            {"Origin": "http://localhost.example.com"}, {"Origin": "http://10.0.0.1:8081"},
-                            {"Origin": "http://127.0.0.1@example.com"}, {"Sec-Fetch-Site": "cross-site"}):
-                self.assertEqual(sidecar.call(method, path, headers=headers)[0], 403, (path, headers))
+            for headers in ({"Origin": "https://example.com"}, {"Origin": "null"}, {"Origin": ""},
+                            {"Origin": "http://127.0.0.1.example.com"},
+                            {"Origin": "http://localhost.example.com"},
+                            {"Origin": "http://10.0.0.1:8081"},
+                            {"Origin": "http://127.0.0.1@example.com"},
+                            {"Sec-Fetch-Site": "cross-site"}):
+                self.assertEqual(sidecar.call(method, path, headers=headers)[0], 403,
+                                 (path, headers))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
         self.assertEqual(sidecar.get("/ready")[0], 200)
         for path in ("/metrics", "/requests", "/health", "/ready"):
-            self.assertEqual(sidecar.call("GET", path, headers={"Origin": "https://example.com"})[0], 200, path)
+            self.assertEqual(
+                sidecar.call("GET", path, headers={"Origin": "https://example.com"})[0], 200, path)
 
     def test_ipv4_mapped_ipv6_loopback_counts_as_loopback(self):
-        trusts = sidecar_module.Api(None, sidecar_module.parse_networks("10.0.0.0/8, 2001:db8::/32")).trusts
-        for host, expected in (("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True),
-                               ("::ffff:10.1.2.3", True), ("10.255.255.255", True), ("2001:db8::7", True), ("::ffff:192.0.2.1", False),
-                               ("192.0.2.1", False), ("11.0.0.1", False), ("fe80::1%eth0", False), ("::", False), ("0.0.0.0", False),
-                               ("", False), ("localhost.example.com", False)):
+        trusts = sidecar_module.Api(
+            None, sidecar_module.parse_networks("10.0.0.0/8, 2001:db8::/32")).trusts
+        for host, expected in (("127.0.0.1", True), ("127.9.9.9", True), ("::1", True),
+                               ("::ffff:127.0.0.1", True), ("::ffff:10.1.2.3", True),
+                               ("10.255.255.255", True), ("2001:db8::7", True),
+                               ("::ffff:192.0.2.1", False), ("192.0.2.1", False),
+                               ("11.0.0.1", False), ("fe80::1%eth0", False), ("::", False),
+                               ("0.0.0.0", False), ("", False), ("localhost.example.com", False)):
             self.assertIs(trusts(host), expected, host)
         sidecar = self.sidecar(SIDECAR_HOST=None)
-        if ":" in sidecar.host:                             # it listens on one IPv6 socket, where IPv4 clients are mapped ones
+        if ":" in sidecar.host:  # it listens on one IPv6 socket, where IPv4 clients are mapped ones
             sidecar.host = "127.0.0.1"
             self.assertEqual(sidecar.post("/reset")[0], 200)
 
 
-# ---- The run --------------------------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------
 
 SIDE_BY_SIDE = 4    # classes, each in a process of its own: most of a test is waiting
 
 
 def run_class(name):
     """Run the tests of one class; return (its name, what unittest printed)."""
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), name], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run([sys.executable, os.path.abspath(__file__), name],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     return name, done.stdout.decode("utf-8", "replace")
 
 
 def read_result(name, text):
-    """Return what unittest printed as (a line for each test, the problems in detail, {"tests": 7, "failures": 1})."""
+    """Return what unittest printed as (a line for each test, the problems in detail, {"tests": 7,
+    "failures": 1})."""
     told, _, verdict = text.rpartition("\n" + "-" * 70 + "\n")
-    summary = re.match(r"Ran (\d+) tests? in .*\n\n(?:OK|FAILED)(?: \((.*)\))?\n", verdict)
+    summary = re.match(r"Ran (\d+) tests? in .*\n\n(?:OK|FAILED|NO TESTS RAN)(?: \((.*)\))?\n",
+                       verdict)
     if not summary:                         # it was killed, or broke before its first test
         return "", "\n%s ended without a summary:\n%s\n" % (name, text), {"tests": 0, "errors": 1}
-    counts = {what: int(count) for what, count in re.findall(r"([a-z ]+)=(\d+)", summary.group(2) or "")}
+    counts = {what: int(count)
+              for what, count in re.findall(r"([a-z ]+)=(\d+)", summary.group(2) or "")}
     lines, rule, problems = told.partition("\n" + "=" * 70 + "\n")
     return lines.rstrip("\n"), rule + problems, dict(counts, tests=int(summary.group(1)))
 
 
 def run_all():
-    """Run every class, print what unittest would print of one run of them all, and return the exit status."""
+    """Run every class, print what unittest would print of one run of them all, and return the exit
+    status."""
     began, problems, counts = time.monotonic(), "", collections.Counter()
-    classes = [name for name, thing in globals().items() if isinstance(thing, type) and name.startswith("Test")]
-    classes.sort(key=lambda name: -len(unittest.defaultTestLoader.getTestCaseNames(globals()[name])))
+    classes = [name for name, thing in globals().items() if isinstance(thing, type)
+               and name.startswith("Test")]
+    classes.sort(
+        key=lambda name: -len(unittest.defaultTestLoader.getTestCaseNames(globals()[name])))
     with concurrent.futures.ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        for running in concurrent.futures.as_completed([pool.submit(run_class, name) for name in classes]):
+        for running in concurrent.futures.as_completed(
+                [pool.submit(run_class, name) for name in classes]):
             lines, problem, count = read_result(*running.result())
             print(lines, flush=True)
             problems += problem
             counts.update(count)
-    print("%s\n%s\nRan %d tests in %.1fs\n" % (problems, "-" * 70, counts.pop("tests"), time.monotonic() - began))
+    print("%s\n%s\nRan %d tests in %.1fs\n"
+          % (problems, "-" * 70, counts.pop("tests"), time.monotonic() - began))
     failed = set(counts) - {"skipped", "expected failures"}
     told = ", ".join("%s=%d" % pair for pair in sorted(counts.items()))
     print(("FAILED" if failed else "OK") + (" (%s)" % told if told else ""))
-    print("The rest, with Kafka, Kubernetes' tools, a browser and more, is in .ci/tests; .ci/run runs it all.")
+    print("Tests with Kafka, Kubernetes and a browser are in .ci/tests; .ci/run runs them all.")
     return 1 if failed else 0
 
 

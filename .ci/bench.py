@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Measure the sidecar beside what a user would pick instead, on this machine, and print a table in Markdown.
+"""Measure the sidecar beside what a user would pick instead, and print a table in Markdown.
 
     python .ci/bench.py                      every part; about half an hour
-    python .ci/bench.py --quick              the same in two minutes: to try it, the figures are too rough to show
+    python .ci/bench.py --quick              the same in two minutes, too rough to be shown
     python .ci/bench.py pairs idle           some parts
     python .ci/bench.py --only sidecar,go    some servers
-    python .ci/bench.py soak --seconds 3600  an hour of load: memory, threads and descriptors must stay flat
+    python .ci/bench.py soak --seconds 3600  an hour of load: memory, threads, descriptors stay flat
 
-It needs Linux and wrk. The peers are in .ci/peers, the same contract each, as their own manuals write it. .ci/run
-installs what they need into .ci/cache; one that is not there is named and left out. The sidecar runs on the Python that
-runs this file, so .ci/cache/venv/bin/python compares like with like. Every server listens on loopback, in a process of
-its own. Figures are medians over rounds, and in a round each server has its turn: A B C A B C.
+It needs Linux and wrk. The peers are in .ci/peers, the same contract each, as their own manuals
+write it. .ci/run installs what they need into .ci/cache; one that is not there is named and left
+out. The sidecar runs on the Python that runs this file, so .ci/cache/venv/bin/python compares like
+with like. Every server listens on loopback, in a process of its own. Figures are medians over
+rounds, and in a round each server has its turn: A B C A B C.
 """
 import argparse
 import http.client
@@ -40,13 +41,14 @@ START, END = "POST /start-request", "POST /end-request?duration=1.2s"
 PATIENCE = 60                   # seconds after which a server that does not answer has failed
 BURST_PATIENCE = 10             # seconds after which a connect of a burst has
 
-Size = namedtuple("Size", "rounds seconds starts pairs pairs_seconds idle_seconds messages active scrape_seconds")
+Size = namedtuple(
+    "Size", "rounds seconds starts pairs pairs_seconds idle_seconds messages active scrape_seconds")
 FULL = Size(5, 3, 21, 1000000, 120, 30, 5000, 10000, 30)
 QUICK = Size(1, 1, 3, 1000, 1, 2, 200, 1000, 2)
 CONNECTS = 300                  # of a burst
 
 
-# ---- Servers ----------------------------------------------------------------------------------------------------------
+# ---- Servers -------------------------------------------------------------------------------------
 
 def python_peer(file):
     return [VENV_PYTHON, os.path.join(PEERS, file)]
@@ -73,8 +75,8 @@ class Server:
                        METRICS_PORT=str(self.metrics_port))
         if name != "sidecar":
             argv = argv + [str(self.port), str(self.metrics_port)]
-        self.process = subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.pid, self.url = self.process.pid, "http://127.0.0.1:%d" % self.port
 
     def __enter__(self):
@@ -137,7 +139,7 @@ def serve(stack, columns):
     return {column: stack.enter_context(Server(column)).wait_until_healthy() for column in columns}
 
 
-# ---- What /proc tells of a process ------------------------------------------------------------------------------------
+# ---- What /proc tells of a process ---------------------------------------------------------------
 
 def status_field(path, field):
     with open(path) as file:
@@ -159,7 +161,8 @@ def wake_ups(pid):
     total = 0
     for task in os.listdir("/proc/%d/task" % pid):
         path = "/proc/%d/task/%s/status" % (pid, task)
-        total += status_field(path, "voluntary_ctxt_switches") + status_field(path, "nonvoluntary_ctxt_switches")
+        total += status_field(path, "voluntary_ctxt_switches") + status_field(
+            path, "nonvoluntary_ctxt_switches")
     return total
 
 
@@ -171,14 +174,15 @@ def descriptors(pid):
     return len(os.listdir("/proc/%d/fd" % pid))
 
 
-# ---- Load -------------------------------------------------------------------------------------------------------------
+# ---- Load ----------------------------------------------------------------------------------------
 
 def load(port, connections, seconds, calls=(START, END), close=False):
-    """Let wrk call in turn what `calls` says; return {"turns_a_second", "p50_us", "p99_us", "failed", ...}."""
-    argv = ["wrk", "-t%d" % connections, "-c%d" % connections, "-d%ds" % seconds, "--timeout", "10s",
-            "-s", os.path.join(PEERS, "load.lua"), "http://127.0.0.1:%d" % port, "--"]
-    output = subprocess.run(argv + ["close"] * close + list(calls), stdout=subprocess.PIPE, timeout=seconds + PATIENCE,
-                            check=True).stdout
+    """Let wrk call in turn what `calls` says; return {"turns_a_second", "p50_us", "p99_us",
+    "failed", ...}."""
+    argv = ["wrk", "-t%d" % connections, "-c%d" % connections, "-d%ds" % seconds, "--timeout",
+            "10s", "-s", os.path.join(PEERS, "load.lua"), "http://127.0.0.1:%d" % port, "--"]
+    output = subprocess.run(argv + ["close"] * close + list(calls), stdout=subprocess.PIPE,
+                            timeout=seconds + PATIENCE, check=True).stdout
     result = json.loads(output.decode().splitlines()[-1])
     result["turns_a_second"] = result["requests"] / result["seconds"] / len(calls)
     return result
@@ -190,19 +194,20 @@ def medians(results):
 
 
 def whole(value):
-    return "{:,.0f}".format(value)
+    return format(value, ",.0f")
 
 
 def tenths(value):
-    return "{:,.1f}".format(value)
+    return format(value, ",.1f")
 
 
-# ---- The parts: each returns rows, [(label, {column: text}), ...] -----------------------------------------------------
+# ---- The parts: each returns rows, [(label, {column: text}), ...] --------------------------------
 
 def pairs(columns, size):
     """Pairs a second, what a worker waits for one, and what it costs in CPU time."""
     settings = [("keep-alive, 1 connection", 1, False), ("keep-alive, 16 connections", 16, False),
-                ("keep-alive, 64 connections", 64, False), ("a connection for each call, 1 at a time", 1, True),
+                ("keep-alive, 64 connections", 64, False),
+                ("a connection for each call, 1 at a time", 1, True),
                 ("a connection for each call, 16 at a time", 16, True)]
     rows = []
     with ExitStack() as stack:
@@ -215,16 +220,20 @@ def pairs(columns, size):
                 for column, server in servers.items():
                     before = cpu_seconds(server.pid)
                     result = load(server.port, connections, size.seconds, close=close)
-                    result["cpu_us"] = (cpu_seconds(server.pid) - before) * 1e6 / (result["requests"] / 2)
+                    result["cpu_us"] = (cpu_seconds(server.pid) - before) * 1e6 / (
+                        result["requests"] / 2)
                     results[column].append(result)
             result = {column: medians(results[column]) for column in columns}
-            rows += [("Pairs a second: " + label, {c: whole(r["turns_a_second"]) for c, r in result.items()}),
-                     ("- a pair as the worker sees it, p50 / p99, µs",
-                      {c: "%s / %s" % (whole(r["p50_us"]), whole(r["p99_us"])) for c, r in result.items()}),
-                     ("- CPU time of a pair, µs", {c: whole(r["cpu_us"]) for c, r in result.items()})]
+            rows += [("Pairs a second: " + label,
+                      {c: whole(r["turns_a_second"]) for c, r in result.items()}),
+                     ("- a pair as the worker sees it, p50 / p99, µs", {c: "%s / %s" % (
+                         whole(r["p50_us"]), whole(r["p99_us"])) for c, r in result.items()}),
+                     ("- CPU time of a pair, µs",
+                      {c: whole(r["cpu_us"]) for c, r in result.items()})]
             failed = {c: sum(r["failed"] for r in results[c]) for c in columns}
             if any(failed.values()):
-                rows.append(("- calls that failed", {c: whole(count) for c, count in failed.items()}))
+                rows.append(
+                    ("- calls that failed", {c: whole(count) for c, count in failed.items()}))
     return rows
 
 
@@ -254,9 +263,11 @@ def track(columns, size):
         for _ in range(size.rounds):
             for column, server in servers.items():
                 argv = [sys.executable, "-c", TRACK, ROOT, server.url, str(size.messages)]
-                output = subprocess.run(argv, stdout=subprocess.PIPE, timeout=PATIENCE * 2, check=True).stdout
+                output = subprocess.run(argv, stdout=subprocess.PIPE, timeout=PATIENCE * 2,
+                                        check=True).stdout
                 results[column].append(dict(zip(("p50", "p99"), map(float, output.split()))))
-                assert server.metric("total_requests") >= size.messages, "the client did not count its messages"
+                counted = server.metric("total_requests")
+                assert counted >= size.messages, "the client did not count its messages"
     result = {column: medians(results[column]) for column in columns}
     return [("`with sidecar.track():` adds to a message, p50 / p99, µs",
              {c: "%s / %s" % (whole(r["p50"]), whole(r["p99"])) for c, r in result.items()})]
@@ -277,8 +288,9 @@ def cold_start(columns, size):
                 server.wait_until_healthy()
                 took_ms[column].append((time.monotonic() - started) * 1000)
     median = {name: statistics.median(times) for name, times in took_ms.items()}
-    return [("Cold start, ms (%s)" % ", ".join("%s: %s" % (name, whole(median[name])) for name in bare),
-             {column: whole(median[column]) for column in columns})]
+    return [
+        ("Cold start, ms (%s)" % ", ".join("%s: %s" % (name, whole(median[name])) for name in bare),
+         {column: whole(median[column]) for column in columns})]
 
 
 def memory(columns, size):
@@ -313,16 +325,20 @@ def idle(columns, size):
     with ExitStack() as stack:
         servers = serve(stack, columns)
         time.sleep(1)                                           # what follows a start is over
-        before = {column: (wake_ups(server.pid), cpu_seconds(server.pid)) for column, server in servers.items()}
+        before = {column: (wake_ups(server.pid), cpu_seconds(server.pid))
+                  for column, server in servers.items()}
         time.sleep(size.idle_seconds)
-        after = {column: (wake_ups(server.pid), cpu_seconds(server.pid)) for column, server in servers.items()}
+        after = {column: (wake_ups(server.pid), cpu_seconds(server.pid))
+                 for column, server in servers.items()}
     return [("Wake-ups in %d s without a request" % size.idle_seconds,
              {column: whole(after[column][0] - before[column][0]) for column in columns}),
-            ("- CPU time, ms", {column: whole((after[column][1] - before[column][1]) * 1000) for column in columns})]
+            ("- CPU time, ms",
+             {column: whole((after[column][1] - before[column][1]) * 1000) for column in columns})]
 
 
 def last_end(columns, size):
-    """With SIGTERM received: from the last /end-request, as it is sent, to the process's exit. Peers have no drain."""
+    """With SIGTERM received: from the last /end-request, as it is sent, to the process's exit.
+    Peers have no drain."""
     took_ms = []
     for _ in range(size.starts if SIDECAR in columns else 0):
         with Server(SIDECAR) as server:
@@ -362,7 +378,8 @@ def burst(columns, size):
 
 def connect_at_once(port):
     """Return (seconds until the last answer, how many calls got none)."""
-    text = b"POST /start-request HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    text = (b"POST /start-request HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n"
+            b"Connection: close\r\n\r\n")
     started, answered, waiting = time.monotonic(), 0, CONNECTS
     with selectors.DefaultSelector() as selector:
         for _ in range(CONNECTS):
@@ -389,10 +406,11 @@ def connect_at_once(port):
 
 
 def many_active(columns, size):
-    """What a call costs with many active requests, beside what it costs with none: one must not grow with the other."""
+    """What a call costs with many active requests, beside what it costs with none: one must not
+    grow with the other."""
     calls = [("A pair", (START, END), columns),
-             ("- a pair with an id", ("POST /start-request?id=a", "POST /end-request?id=a"), [SIDECAR]),
-             ("- `GET /metrics`", ("GET /metrics",), columns)]
+             ("- a pair with an id", ("POST /start-request?id=a", "POST /end-request?id=a"),
+              [SIDECAR]), ("- `GET /metrics`", ("GET /metrics",), columns)]
     rows = []
     with ExitStack() as stack:
         empty, full = serve(stack, columns), serve(stack, columns)
@@ -427,12 +445,14 @@ def scrape(columns, size):
              {c: "%s / %s" % (tenths(statistics.median(took)), tenths(percentile(took, 0.99)))
               for c, took in took_ms.items()}),
             ("- pairs a second without / with a scrape each second",
-             {c: "%s / %s" % (whole(without), whole(beside)) for c, (without, beside) in rate.items()})]
+             {c: "%s / %s" % (whole(without), whole(beside))
+              for c, (without, beside) in rate.items()})]
 
 
 @contextmanager
 def scraped_each_second(server, took_ms):
-    """Scrape the server's Prometheus port during the `with` block; add what each scrape took to `took_ms`."""
+    """Scrape the server's Prometheus port during the `with` block; add what each scrape took to
+    `took_ms`."""
     stop = threading.Event()
 
     def scrape_until_stopped():
@@ -456,17 +476,19 @@ def percentile(values, part):
     return sorted(values)[min(int(len(values) * part), len(values) - 1)]
 
 
-PARTS = {"pairs": pairs, "track": track, "cold-start": cold_start, "memory": memory, "idle": idle, "last-end": last_end,
-         "burst": burst, "many-active": many_active, "scrape": scrape}
+PARTS = {"pairs": pairs, "track": track, "cold-start": cold_start, "memory": memory, "idle": idle,
+         "last-end": last_end, "burst": burst, "many-active": many_active, "scrape": scrape}
 
 
-# ---- Soak -------------------------------------------------------------------------------------------------------------
+# ---- Soak ----------------------------------------------------------------------------------------
 
 def soak(seconds):
-    """Load the sidecar in every way for so long; return 1 if its memory, threads or descriptors grow, else 0.
+    """Load the sidecar in every way for so long; return 1 if its memory, threads or descriptors
+    grow, else 0.
 
-    A sample is taken after each round of load, when its connections are closed and what it left active is ended. The
-    first quarter is for threads and allocators to take what they keep; the last is held against the second.
+    A sample is taken after each round of load, when its connections are closed and what it left
+    active is ended. The first quarter is for threads and allocators to take what they keep; the
+    last is held against the second.
     """
     samples, over_at = [], time.monotonic() + seconds
     step = max(min(seconds // 40, 10), 1)
@@ -481,18 +503,20 @@ def soak(seconds):
             server.post("/end-request", server.metric("active_requests"))
             settle(server.pid)
             samples.append((rss_mib(server.pid), threads(server.pid), descriptors(server.pid)))
-            print("%11s %9.1f %8d %12d" % ((whole(server.metric("total_requests")),) + samples[-1]), flush=True)
+            print("%11s %9.1f %8d %12d" % ((whole(server.metric("total_requests")),) + samples[-1]),
+                  flush=True)
     quarter = max(len(samples) // 4, 1)
     second, last = ([max(values) for values in zip(*part)]
                     for part in (samples[quarter:2 * quarter], samples[-quarter:]))
     flat = all(after <= before + slack for before, after, slack in zip(second, last, (2, 2, 0)))
-    print("%s: at most %.1f MiB, %d threads, %d descriptors in the second quarter; %.1f, %d, %d in the last"
-          % tuple(["flat" if flat else "IT GROWS"] + second + last))
+    print("%s: at most %.1f MiB, %d threads, %d descriptors in the second quarter; "
+          "%.1f, %d, %d in the last" % tuple(["flat" if flat else "IT GROWS"] + second + last))
     return 0 if flat else 1
 
 
 def settle(pid):
-    """Wait until the server, too, has closed the connections of a load that is over: its descriptors stay equal."""
+    """Wait until the server, too, has closed the connections of a load that is over: its
+    descriptors stay equal."""
     over_at, equal, last = time.monotonic() + PATIENCE, 0, None
     while equal < 5 and time.monotonic() < over_at:
         count = descriptors(pid)
@@ -500,24 +524,30 @@ def settle(pid):
         time.sleep(0.05)
 
 
-# ---- The table --------------------------------------------------------------------------------------------------------
+# ---- The table -----------------------------------------------------------------------------------
 
 def machine():
     """Return lines that say where the figures come from."""
     with open("/proc/cpuinfo") as file:
-        model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "CPU")
+        model = next((line.partition(":")[2].strip() for line in file
+                      if line.startswith("model name")), "CPU")
     versions = ["Python %s" % platform.python_version()]
     if os.path.exists(VENV_PYTHON):
-        code = ("import platform\nfrom importlib.metadata import version\nprint('Python', platform.python_version())\n"
-                "for name in 'flask waitress fastapi uvicorn uvloop httptools aiohttp prometheus_client'.split():\n"
-                "    print(name, version(name))")
-        lines = subprocess.run([VENV_PYTHON, "-c", code], stdout=subprocess.PIPE, timeout=PATIENCE).stdout.decode()
+        code = (
+            "import platform\nfrom importlib.metadata import version\nprint('Python', "
+            "platform.python_version())\n"
+            "for name in 'flask waitress fastapi uvicorn uvloop httptools aiohttp "
+            "prometheus_client'.split():\n"
+            "    print(name, version(name))")
+        lines = subprocess.run([VENV_PYTHON, "-c", code], stdout=subprocess.PIPE,
+                               timeout=PATIENCE).stdout.decode()
         versions += [line for line in lines.splitlines() if line != versions[0]]
     if os.path.exists(GO_PEER) and shutil.which("go"):
         argv = ["go", "version", "-m", GO_PEER]
         lines = subprocess.run(argv, stdout=subprocess.PIPE, timeout=PATIENCE).stdout.decode()
         versions += [line.split()[-1].replace("go1", "Go 1") for line in lines.splitlines()[:1]]
-        versions += ["client_golang " + line.split()[2] for line in lines.splitlines() if "/client_golang" in line]
+        versions += ["client_golang " + line.split()[2] for line in lines.splitlines()
+                     if "/client_golang" in line]
     wrk = subprocess.run(["wrk", "--version"], stdout=subprocess.PIPE).stdout.decode().split()[1]
     return "%d cores of an %s, Linux %s; %s; wrk %s." % (
         os.cpu_count(), model, platform.release().split("-")[0], ", ".join(versions), wrk)
@@ -531,11 +561,13 @@ def print_table(columns, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure the sidecar and its peers; print a table in Markdown.")
+    parser = argparse.ArgumentParser(
+        description="Measure the sidecar and its peers; print a table in Markdown.")
     parser.add_argument("parts", nargs="*", metavar="PART",
                         help="%s, or soak (default: all but soak)" % ", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="short and rough")
-    parser.add_argument("--only", metavar="NAMES", help="of " + ",".join(name for name, _ in COMMANDS.values()))
+    parser.add_argument("--only", metavar="NAMES",
+                        help="of " + ",".join(name for name, _ in COMMANDS.values()))
     parser.add_argument("--seconds", type=int, default=3600, help="of soak (default: 3600)")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(PARTS) - {"soak"}
@@ -543,12 +575,15 @@ def main():
         parser.error("unknown part: %s" % ", ".join(sorted(unknown)))
     if not shutil.which("wrk"):
         parser.error("wrk is not installed")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))         # so that the servers end, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the servers end, too
     if "soak" in arguments.parts:
         return soak(arguments.seconds)
-    wanted = arguments.only.split(",") if arguments.only else [name for name, _ in COMMANDS.values()]
-    columns = [column for column, (name, argv) in COMMANDS.items() if name in wanted and os.path.exists(argv[0])]
-    missing = [column for column, (name, argv) in COMMANDS.items() if name in wanted and column not in columns]
+    wanted = arguments.only.split(",") if arguments.only else [name
+                                                               for name, _ in COMMANDS.values()]
+    columns = [column for column, (name, argv) in COMMANDS.items() if name in wanted
+               and os.path.exists(argv[0])]
+    missing = [column for column, (name, argv) in COMMANDS.items() if name in wanted
+               and column not in columns]
     rows = []
     for name in arguments.parts or PARTS:
         sys.stderr.write("bench: %s\n" % name)

@@ -1,10 +1,11 @@
-"""Messages a second of one bot: echo_bot.py beside the same bot on kafka-python, in one run against one real broker.
+"""Messages a second of one bot: echo_bot.py beside the same bot on kafka-python, in one run against
+one real broker.
 
     .ci/cache/venv/bin/python .ci/peers/bench_kafka.py [MESSAGES]
 
-Both do the same for each update: reply_to, produce with acks=all and idempotence, wait for the broker, commit the
-offset and wait for that. They take turns, three times each. It needs Kafka's jars, confluent-kafka and kafka-python, as the
-tests do.
+Both do the same for each update: reply_to, produce with acks=all and idempotence, wait for the
+broker, commit the offset and wait for that. They take turns, three times each. It needs Kafka's
+jars, confluent-kafka and kafka-python, as the tests do.
 """
 import json
 import os
@@ -21,15 +22,18 @@ def kafka_python_bot(brokers, incoming, outgoing, group):
     from kafka import KafkaConsumer, KafkaProducer, TopicPartition
     from kafka.structs import OffsetAndMetadata
     import echo_bot
-    consumer = KafkaConsumer(incoming, bootstrap_servers=brokers, group_id=group, auto_offset_reset="earliest",
-                             enable_auto_commit=False, session_timeout_ms=10000, fetch_max_wait_ms=500)
-    producer = KafkaProducer(bootstrap_servers=brokers, acks="all", enable_idempotence=True, linger_ms=0)
+    consumer = KafkaConsumer(incoming, bootstrap_servers=brokers, group_id=group,
+                             auto_offset_reset="earliest", enable_auto_commit=False,
+                             session_timeout_ms=10000, fetch_max_wait_ms=500)
+    producer = KafkaProducer(bootstrap_servers=brokers, acks="all", enable_idempotence=True,
+                             linger_ms=0)
     for record in consumer:
         update = json.loads(record.value)["update"]
         method, params = echo_bot.reply_to(update)
         producer.send(outgoing, key=str(params["chat_id"]).encode(), value=json.dumps(
             {"bot_token": "1:x", "method": method, "params": params}).encode()).get(30)
-        consumer.commit({TopicPartition(record.topic, record.partition): OffsetAndMetadata(record.offset + 1, "", -1)})
+        consumer.commit({TopicPartition(record.topic, record.partition): OffsetAndMetadata(
+            record.offset + 1, "", -1)})
 
 
 class Bench(test_sidecar.KafkaCase):
@@ -41,7 +45,8 @@ class Bench(test_sidecar.KafkaCase):
         self.topics(incoming=6, outgoing=6)
         self.write(self.updates(count))
         bot = self.program(sys.executable, *[part.format(self) for part in argv], env=dict(
-            KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming, KAFKA_OUTGOING_TOPIC=self.outgoing,
+            KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming,
+            KAFKA_OUTGOING_TOPIC=self.outgoing,
             KAFKA_CONSUMER_GROUP=self.group, BOT_TOKEN="1:x", SIDECAR_URL=None))
         replies = test_sidecar.Replies(self).read(1)
         first, started = len(replies.texts), time.monotonic()
@@ -53,7 +58,8 @@ class Bench(test_sidecar.KafkaCase):
 
 def main():
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    for linger_ms in (5, 0):        # 5 is Kafka's default: what a commit waits for others to be written along with
+    # 5 is Kafka's default: what a commit waits for others to be written along with.
+    for linger_ms in (5, 0):
         node = test_sidecar.KafkaNode(**{"group.coordinator.append.linger.ms": linger_ms})
         try:
             test_sidecar.wait_for_kafka(node)
@@ -63,12 +69,14 @@ def main():
                 speeds["echo_bot.py"].append(bench.messages_a_second(
                     count, os.path.join(test_sidecar.HERE, "echo_bot.py")))
                 speeds["kafka-python"].append(bench.messages_a_second(
-                    count, os.path.abspath(__file__), "--kafka-python", "{0.brokers}", "{0.incoming}", "{0.outgoing}",
+                    count, os.path.abspath(__file__), "--kafka-python", "{0.brokers}",
+                    "{0.incoming}", "{0.outgoing}",
                     "{0.group}"))
             bench.doCleanups()
             for name, values in speeds.items():
                 print("group.coordinator.append.linger.ms=%d  %-12s  %4.0f messages/s  (%s)" % (
-                    linger_ms, name, statistics.median(values), ", ".join("%.0f" % value for value in values)),
+                    linger_ms, name, statistics.median(values),
+                    ", ".join("%.0f" % value for value in values)),
                     flush=True)
         finally:
             node.remove()

@@ -1,4 +1,5 @@
-"""What the Python peers share: a count of the requests in flight, with prometheus_client's metrics as its manual has them."""
+"""What the Python peers share: a count of the requests in flight, with prometheus_client's metrics
+as its manual has them."""
 import collections
 import threading
 import time
@@ -28,7 +29,8 @@ def start():
 def end(duration):
     """Return (status, answer). duration: as "1.2s", or None."""
     try:
-        seconds = None if duration is None else float(duration[:-1] if duration.endswith("s") else duration)
+        seconds = None if duration is None else float(duration[:-1] if duration.endswith("s")
+                                                      else duration)
     except ValueError:
         return 400, {"error": "bad duration"}
     with lock:
@@ -43,4 +45,5 @@ def end(duration):
 
 def metrics():
     with lock:
-        return {"active_requests": len(starts), "total_requests": total, "is_processing": bool(starts)}
+        return {"active_requests": len(starts), "total_requests": total,
+                "is_processing": bool(starts)}

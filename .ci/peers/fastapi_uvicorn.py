@@ -33,4 +33,5 @@ async def health():
 
 
 start_http_server(int(sys.argv[2]), "127.0.0.1")
-uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), loop="uvloop", http="httptools", access_log=False)
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), loop="uvloop", http="httptools",
+            access_log=False)

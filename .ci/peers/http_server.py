@@ -1,4 +1,5 @@
-"""The standard library's http.server, as its manual shows it: python http_server.py PORT METRICS_PORT"""
+"""The standard library's http.server, as its manual shows it: python http_server.py PORT
+METRICS_PORT"""
 import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

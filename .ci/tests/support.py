@@ -1,16 +1,29 @@
 """What the test files in this folder share.
 
-A new file: `.ci/tests/test_NAME.py`, for one peer or subject. It begins with `from support import ...`, it ends with
-`unittest.main(verbosity=2)` under `if __name__ == "__main__":`, and it runs by itself: `python .ci/tests/test_NAME.py
-[TestClass[.test_method]]`. .ci/run finds it by its name, and runs it on every Python with SIDECAR_TEST_PEERS=none, and
-with every peer where nothing may be skipped.
+A new file is `.ci/tests/test_NAME.py`, for one peer or subject. It begins with `from support import
+...`, ends with `unittest.main(verbosity=2)` under `if __name__ == "__main__":`, and runs by itself:
+`python .ci/tests/test_NAME.py [TestClass[.test_method]]`. .ci/run finds it by its name. It runs it
+on every Python with SIDECAR_TEST_PEERS=none, where what `needs` a peer is skipped, and once with
+every peer, where a test that is skipped has failed.
 
-Of test_sidecar.py: HERE (the project's folder), PATIENCE, Case (self.sidecar() and self.program() start a process that
-ends with the test), SidecarProcess and Program themselves, until, in_threads, FakeTime and ScriptedCondition (a clock
-that the test moves), ScriptedSidecar, Clients, readme_blocks, WORKER, child_of, samples. Here: needs (the peer of a test
-or class), NAMESPACES, installed, version_of, run, CACHE (where .ci/run installs peers), SCALE (how much of a long test to
-run), figures (of a process). Kafka's brokers are in test_kafka.py (KafkaCase, KafkaNode, Replies), what kustomize builds
-of the manifests in test_manifests.py (kustomize, pick, containers, environment).
+From test_sidecar.py, which must also run alone:
+    HERE               the project's folder
+    PATIENCE           how long a wait for an event may take, in seconds
+    Case               a TestCase; self.sidecar() and self.program() start what ends with the test
+    SidecarProcess     a running sidecar: get, post, call, raw, answers, sample, wait_for, signal
+    Program            any other process: its lines, wait_for, signal, wait
+    until, in_threads  wait for a condition; run a function in threads
+    FakeTime, ScriptedCondition            a clock that the test moves, and what waits by it
+    ScriptedSidecar, Clients, WORKER       a stand-in, what each README client must do, a worker
+    child_of, readme_blocks, samples       a child's pid, README's code, a scrape as a dict
+Here:
+    needs              decorates a test or class that needs a peer
+    NAMESPACES         whether a test may make namespaces
+    installed, version_of, run             a package, a command's version, a command's output
+    CACHE, SCALE       where .ci/run installs peers; how much of a long test to run, up to 1
+    figures            memory, threads and sockets of a process
+Kafka's brokers are in test_kafka.py: KafkaCase, KafkaNode, Replies. What kustomize builds of the
+manifests is in test_manifests.py: kustomize, pick, containers, environment.
 """
 import importlib.util
 import os
@@ -21,17 +34,20 @@ import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from test_sidecar import (HERE, OPENMETRICS, PATIENCE, WORKER, Case, Clients, FakeTime, Program, ScriptedCondition,
-                          ScriptedSidecar, SidecarProcess, child_of, in_threads, readme_blocks, samples, until)
+from test_sidecar import (HERE, OPENMETRICS, PATIENCE, WORKER, Case, Clients, FakeTime, Program,
+                          ScriptedCondition, ScriptedSidecar, SidecarProcess, child_of, in_threads,
+                          readme_blocks, samples, until)
 
-CACHE = os.path.join(HERE, ".ci", "cache")     # what .ci/run installs for the tests; git ignores it
-PEERS = os.environ.get("SIDECAR_TEST_PEERS", "")     # "none": skip what needs a peer; "all": fail instead of skipping
-# How much of the long tests is run: 1 is the number that stands in them. .ci/run sets it for its last run.
+CACHE = os.path.join(HERE, ".ci", "cache")      # Git ignores it.
+# With "none" what needs a peer is skipped; with "all" it fails instead of being skipped.
+PEERS = os.environ.get("SIDECAR_TEST_PEERS", "")
+# How much of the long tests is run: 1 is the number that stands in them, as in .ci/run's last run.
 SCALE = float(os.environ.get("SIDECAR_TEST_SCALE", "0.1"))
 
 
 def needs(peer, found):
-    """Decorate a test or class that needs a peer: skip it where `found` is false, fail where all are demanded."""
+    """Decorate a test or class that needs a peer: skip it where `found` is false, fail where all
+    are demanded."""
     if PEERS == "all" and not found:
         def missing(*args):
             raise AssertionError("%s is not installed, and SIDECAR_TEST_PEERS=all" % peer)
@@ -41,10 +57,12 @@ def needs(peer, found):
 
 
 def namespaces():
-    """Return true where a test may make namespaces of its own: root on Linux, but not in every container."""
+    """Return true where a test may make namespaces of its own: root on Linux, but not in every
+    container."""
     try:
-        return subprocess.call(["unshare", "--net", "--pid", "--fork", "ip", "link", "set", "lo", "up"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+        return subprocess.call(
+            ["unshare", "--net", "--pid", "--fork", "ip", "link", "set", "lo", "up"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
     except OSError:
         return False
 
@@ -53,7 +71,8 @@ NAMESPACES = namespaces()
 
 
 def version_of(command):
-    """Return the first two numbers that `command` prints of its version; (0, 0) where it is missing."""
+    """Return the first two numbers that `command` prints of its version; (0, 0) where it is
+    missing."""
     try:
         text = subprocess.run(command, stdout=subprocess.PIPE).stdout.decode()
     except OSError:
@@ -66,12 +85,15 @@ def installed(name):
 
 
 def run(*argv, **options):
-    """Run a command to its end and return what it printed. AssertionError with both outputs where it failed."""
-    options = dict(dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE), **options)
+    """Run a command to its end and return what it printed. AssertionError with both outputs where
+    it failed."""
+    options = dict(dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
+                   **options)
     done = subprocess.run([str(arg) for arg in argv], **options)
     if done.returncode:
-        raise AssertionError("%s: exit status %d\n%s%s" % (" ".join(map(str, argv)), done.returncode,
-                                                           done.stdout.decode(), done.stderr.decode()))
+        raise AssertionError("%s: exit status %d\n%s%s"
+                             % (" ".join(map(str, argv)), done.returncode, done.stdout.decode(),
+                                done.stderr.decode()))
     return done.stdout.decode()
 
 

@@ -24,14 +24,16 @@ class TestBench(Case):
     @needs("wrk", shutil.which("wrk"))
     def test_load_is_counted_and_timed(self):
         table, log = self.bench("--quick", "--only", "sidecar", "pairs", "last-end")
-        rates = [cells[0] for figure, cells in table.items() if figure.startswith("Pairs a second: ")]
+        rates = [cells[0] for figure, cells in table.items()
+                 if figure.startswith("Pairs a second: ")]
         self.assertEqual(len(rates), 5, log)
         for rate in rates:
             self.assertGreater(int(rate.replace(",", "")), 0, log)
         self.assertNotIn("failed", log)
         self.assertTrue(any(re.search("to exit", figure) for figure in table), log)
 
-    @needs("wrk and the peers of the benchmark", shutil.which("wrk") and all(map(os.path.exists, BENCH_PEERS)))
+    @needs("wrk and the peers of the benchmark",
+           shutil.which("wrk") and all(map(os.path.exists, BENCH_PEERS)))
     def test_every_peer_serves(self):
         table, log = self.bench("--quick", "idle")
         self.assertNotIn("Left out", log)
@@ -40,8 +42,10 @@ class TestBench(Case):
 
     @needs("wrk", shutil.which("wrk"))
     def test_soak(self):
-        soak = self.program(sys.executable, os.path.join(HERE, ".ci", "bench.py"), "soak", "--seconds", "2")
-        self.assertIn(soak.wait(), (0, 1), soak.log)            # so short a one may find that memory is still being taken
+        soak = self.program(sys.executable, os.path.join(HERE, ".ci", "bench.py"), "soak",
+                            "--seconds", "2")
+        # So short a one may find that memory is still being taken.
+        self.assertIn(soak.wait(), (0, 1), soak.log)
         self.assertRegex(soak.lines[-1], "at most [0-9.]+ MiB, [0-9]+ threads, [0-9]+ descriptors")
 
 

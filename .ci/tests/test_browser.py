@@ -22,15 +22,19 @@ class Browser:
     https://chromedevtools.github.io/devtools-protocol/
     """
 
-    FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run "
-             "--disable-sync --disable-background-networking --disable-component-update --remote-debugging-pipe")
+    FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage "
+             "--no-first-run --disable-sync --disable-background-networking "
+             "--disable-component-update --remote-debugging-pipe")
 
     def __init__(self):
         self.folder = tempfile.mkdtemp()
-        # Chromium reads from descriptor 3 and writes to 4; the shell makes them of its own input and output.
+        # Chromium reads from descriptor 3 and writes to 4; the shell makes them of its own input
+        # and output.
         self.process = subprocess.Popen(
-            ["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null', CHROMIUM, "--user-data-dir=" + self.folder]
-            + self.FLAGS.split(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            ["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null', CHROMIUM,
+             "--user-data-dir=" + self.folder]
+            + self.FLAGS.split(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             start_new_session=True)
         self.unread, self.sent, self.events = b"", 0, []
         self.tab = self.session = None
@@ -43,7 +47,8 @@ class Browser:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, method, **params):
-        """Return the result of a DevTools command. The events that come before it are added to `events`."""
+        """Return the result of a DevTools command. The events that come before it are added to
+        `events`."""
         self.sent += 1
         message = dict({"id": self.sent, "method": method, "params": params},
                        **{"sessionId": self.session} if self.session else {})
@@ -74,7 +79,8 @@ class Browser:
         self.tab = self.ask("Target.createTarget", url="about:blank")["targetId"]
         if before:
             self.ask("Target.closeTarget", targetId=before)
-        self.session = self.ask("Target.attachToTarget", targetId=self.tab, flatten=True)["sessionId"]
+        self.session = self.ask("Target.attachToTarget", targetId=self.tab,
+                                flatten=True)["sessionId"]
         self.events = []
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.ask(domain + ".enable")
@@ -84,7 +90,8 @@ class Browser:
 
     def run(self, script):
         """Return the value of JavaScript in the page; a promise is waited for."""
-        answer = self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        answer = self.ask("Runtime.evaluate", expression=script, awaitPromise=True,
+                          returnByValue=True)
         if "exceptionDetails" in answer:
             raise AssertionError(answer["exceptionDetails"])
         return answer["result"].get("value")
@@ -93,7 +100,8 @@ class Browser:
         return self.run("document.querySelector(%s).innerText" % json.dumps(selector))
 
     def style(self, selector, name):
-        return self.run("getComputedStyle(document.querySelector(%s))[%s]" % (json.dumps(selector), json.dumps(name)))
+        return self.run("getComputedStyle(document.querySelector(%s))[%s]"
+                        % (json.dumps(selector), json.dumps(name)))
 
 
 @needs("Chromium", CHROMIUM)
@@ -117,13 +125,15 @@ class TestBrowser(Case):
 
     def wait_for(self, selector, pattern):
         """Return the match of `pattern` in the text of an element, as soon as it is there."""
-        return until(lambda: re.search(pattern, self.browser.text(selector)), "%s ~ %r" % (selector, pattern))
+        return until(lambda: re.search(pattern, self.browser.text(selector)),
+                     "%s ~ %r" % (selector, pattern))
 
     def assert_quiet(self, sidecar):
         """Check that the console is empty, and that nothing was asked of anyone but the sidecar."""
         self.browser.run("0")               # the events until now are received
         said = [event["params"] for event in self.browser.events
-                if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")]
+                if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown",
+                                       "Runtime.consoleAPICalled")]
         self.assertEqual(said, [])
         asked = {event["params"]["request"]["url"] for event in self.browser.events
                  if event["method"] == "Network.requestWillBeSent"}
@@ -148,7 +158,8 @@ class TestBrowser(Case):
 
         def path(pattern):
             script = "document.querySelector('path').getAttribute('d')"
-            return until(lambda: re.match(pattern, self.browser.run(script)), "a chart ~ %r" % pattern)
+            return until(lambda: re.match(pattern, self.browser.run(script)),
+                         "a chart ~ %r" % pattern)
 
         first = float(path(r"M([\d.]+) 100V100").group(1))
         sidecar.post("/start-request?id=a")
@@ -175,7 +186,8 @@ class TestBrowser(Case):
         left = int(self.wait_for("#phase", r"^draining: 1 of 2 to go, (\d+) s left$").group(1))
         fewer = tuple(" %d s left" % seconds for seconds in range(left))
         until(lambda: self.browser.text("#phase").endswith(fewer), "less than %d s left" % left)
-        share = float(re.match(r"([\d.]+)% 2px$", self.browser.style("header", "backgroundSize")).group(1))
+        share = float(
+            re.match(r"([\d.]+)% 2px$", self.browser.style("header", "backgroundSize")).group(1))
         self.assertTrue(0 < share < 100, share)
         self.assert_quiet(sidecar)
         sidecar.post("/end-request?id=b")
@@ -210,10 +222,12 @@ class TestBrowser(Case):
 
     def test_the_ten_oldest_of_many(self):
         sidecar = self.open()
-        sidecar.answers(b"POST /start-request HTTP/1.1\r\n\r\n" * 1233 + b"POST /start-request HTTP/1.0\r\n\r\n")
+        sidecar.answers(b"POST /start-request HTTP/1.1\r\n\r\n" * 1233
+                        + b"POST /start-request HTTP/1.0\r\n\r\n")
         self.wait_for("#active", r"^1.?234$")
         oldest = [request["request_id"] for request in sidecar.get("/requests")[1][:10]]
-        shown = "Array.from(document.querySelector('#longest').rows, row => row.cells[0].textContent)"
+        shown = ("Array.from(document.querySelector('#longest').rows, "
+                 "row => row.cells[0].textContent)")
         self.assertEqual(self.browser.run(shown), oldest)
         sidecar.post("/reset")
         self.wait_for("#active", "^0$")
@@ -227,11 +241,13 @@ class TestBrowser(Case):
         self.wait_for("#longest", "a")
         self.browser.run("""window.changes = []; window.ticks = 0;
             new MutationObserver(found => {
-                for (const change of found) if (change.type === "childList") changes.push(change.target.outerHTML);
+                for (const change of found)
+                    if (change.type === "childList") changes.push(change.target.outerHTML);
                 if (found.some(change => change.target.matches("path"))) ticks++;
             }).observe(document.body, { subtree: true, childList: true, attributes: true });""")
         until(lambda: self.browser.run("ticks") >= 2)
-        changed = [html for html in self.browser.run("changes") if not re.match(r"<td>[\d.]+ s</td>$", html)]
+        changed = [html for html in self.browser.run("changes")
+                   if not re.match(r"<td>[\d.]+ s</td>$", html)]
         self.assertEqual(changed, [])       # but for the age, that is
 
     def test_its_policy_is_in_force(self):
@@ -244,9 +260,11 @@ class TestBrowser(Case):
         for directive, script in (
                 ("img-src", "document.body.append(Object.assign(new Image(), { src: '/health' }))"),
                 ("script-src-elem", "const script = document.createElement('script'); "
-                                    "script.textContent = 'window.hit = 1'; document.body.append(script)"),
+                                    "script.textContent = 'window.hit = 1'; "
+                 "document.body.append(script)"),
                 ("style-src-attr", "document.body.setAttribute('style', 'color: red')"),
-                ("connect-src", "fetch('http://127.0.0.1:%d/metrics').catch(() => 0)" % sidecar.metrics_port)):
+                ("connect-src",
+                 "fetch('http://127.0.0.1:%d/metrics').catch(() => 0)" % sidecar.metrics_port)):
             self.assertEqual(self.browser.run(violation % script), directive)
         self.assertIsNone(self.browser.run("window.hit"))
 
@@ -254,15 +272,17 @@ class TestBrowser(Case):
         sidecar = self.open()
         sidecar.post("/start-request?id=" + "W" * 128)
         self.wait_for("#longest", "W" * 128)
-        self.browser.ask("Emulation.setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=2,
-                         mobile=True)
+        self.browser.ask("Emulation.setDeviceMetricsOverride", width=320, height=640,
+                         deviceScaleFactor=2, mobile=True)
         self.assertLessEqual(self.browser.run("document.documentElement.scrollWidth"), 320)
         paper = {}
         for scheme in ("light", "dark"):
-            self.browser.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            self.browser.ask("Emulation.setEmulatedMedia",
+                             features=[{"name": "prefers-color-scheme", "value": scheme}])
             paper[scheme] = luminance(self.browser.style("body", "backgroundColor"))
             for selector in ("body", "#phase", "#active", "td + td"):
-                darker, lighter = sorted((luminance(self.browser.style(selector, "color")), paper[scheme]))
+                darker, lighter = sorted(
+                    (luminance(self.browser.style(selector, "color")), paper[scheme]))
                 self.assertGreaterEqual((lighter + 0.05) / (darker + 0.05), 4.5, (scheme, selector))
         self.assertLess(paper["dark"], 0.1)
         self.assertGreater(paper["light"], 0.9)
@@ -270,9 +290,11 @@ class TestBrowser(Case):
 
 
 def luminance(color):
-    """Return the luminance of "rgb(R, G, B)", from 0 to 1 (https://www.w3.org/TR/WCAG21/#dfn-relative-luminance)."""
+    """Return the luminance of "rgb(R, G, B)", from 0 to 1
+    (https://www.w3.org/TR/WCAG21/#dfn-relative-luminance)."""
     parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+                        for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 

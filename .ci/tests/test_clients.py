@@ -70,8 +70,10 @@ func main() {
 	go read()
 """ + loop + "}\n")
         for command in (["go", "vet", "."], ["go", "build", "-o", "worker", "."]):
-            done = subprocess.run(command, cwd=cls.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  env=dict(os.environ, GOFLAGS="-mod=mod", GOTOOLCHAIN="local", GOWORK="off"))
+            done = subprocess.run(command, cwd=cls.folder, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT,
+                                  env=dict(os.environ, GOFLAGS="-mod=mod", GOTOOLCHAIN="local",
+                                           GOWORK="off"))
             if done.returncode:
                 raise AssertionError("%s: %s" % (command, done.stdout.decode()))
         return os.path.join(cls.folder, "worker"),

@@ -12,7 +12,8 @@ import time
 import unittest
 import urllib.parse
 
-from support import HERE, NAMESPACES, PATIENCE, WORKER, Case, Program, SidecarProcess, figures, needs, until
+from support import (HERE, NAMESPACES, PATIENCE, WORKER, Case, Program, SidecarProcess, figures,
+                     needs, until)
 
 
 class TestFaults(Case):
@@ -37,8 +38,8 @@ class TestFaults(Case):
                 free.bind(("127.0.0.1", 0))
             ports = [free.getsockname()[1] for free in (api, metrics)]
         settings = dict(env, SIDECAR_HOST="127.0.0.1", SIDECAR_PORT=ports[0], METRICS_PORT=ports[1])
-        program = self.program("sh", "-c", 'exec "$@" ' + redirection, "sh", sys.executable, os.path.join(HERE, "sidecar.py"),
-                               env=settings)
+        program = self.program("sh", "-c", 'exec "$@" ' + redirection, "sh", sys.executable,
+                               os.path.join(HERE, "sidecar.py"), env=settings)
         sidecar = SidecarProcess.__new__(SidecarProcess)
         vars(sidecar).update(vars(program), host="127.0.0.1", port=ports[0], metrics_port=ports[1])
 
@@ -56,11 +57,11 @@ class TestFaults(Case):
             self.assertTrue(worker.recv(65536).startswith(b"HTTP/1.1 200 "))
             held = [sidecar.raw(b"") for _ in range(100)]
             sidecar.wait_for("ERROR no connection accepted")
-            worker.sendall(b"POST /end-request?id=a HTTP/1.1\r\n\r\n")          # who is connected is served
+            worker.sendall(b"POST /end-request?id=a HTTP/1.1\r\n\r\n")  # who is connected is served
             self.assertTrue(worker.recv(65536).startswith(b"HTTP/1.1 200 "))
             for connection in held:
                 connection.close()
-            self.serves(sidecar)                                                # and so are all, once there are some again
+            self.serves(sidecar)                         # and so are all, once there are some again
             self.assertEqual(sidecar.log.count("no connection accepted"), 1)
             self.drains(sidecar)
 
@@ -73,7 +74,8 @@ class TestFaults(Case):
         reset = sidecar.raw(b"GET /health HTTP/1.1\r\n\r\n")
         reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         reset.close()
-        with sidecar.raw(b"") as behind:                    # accepted in their order: so the other one has been refused
+        # Accepted in their order: so the other one has been refused.
+        with sidecar.raw(b"") as behind:
             sidecar.signal(signal.SIGCONT)
             self.assertTrue(behind.recv(65536).startswith(b"HTTP/1.1 503 "))
         while held:
@@ -83,20 +85,25 @@ class TestFaults(Case):
         self.assertEqual(len(sidecar.lines), 1, sidecar.log)
 
     def test_a_body_that_never_comes(self):
-        sidecar = self.sidecar(constants={"REQUEST_SECONDS": 0.3})              # and IDLE_SECONDS stay 60
-        for fields in (b"Content-Length: 5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"):
-            self.assertEqual([status for status, _, _ in sidecar.answers(b"POST /start-request HTTP/1.1\r\n" + fields)], [408])
+        sidecar = self.sidecar(constants={"REQUEST_SECONDS": 0.3})        # and IDLE_SECONDS stay 60
+        for fields in (b"Content-Length: 5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n",
+                       b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"):
+            self.assertEqual([status for status, _, _ in sidecar.answers(
+                b"POST /start-request HTTP/1.1\r\n" + fields)], [408])
         self.assertEqual(sidecar.active(), 0)
 
     def test_stderr_is_closed(self):
         for redirection in ("2>&-", "<&- 2>&-", "<&- >&- 2>&-"):
             sidecar = self.silent(redirection, LOG_LEVEL="DEBUG")
-            answers = sidecar.answers(b"GET /health HTTP/1.1\r\n\r\n" * 3 + b"GET /health HTTP/1.0\r\n\r\n")
-            self.assertEqual([(status, body) for status, _, body in answers], [(200, '{"status": "ok"}\n')] * 4)
+            answers = sidecar.answers(b"GET /health HTTP/1.1\r\n\r\n" * 3
+                                      + b"GET /health HTTP/1.0\r\n\r\n")
+            self.assertEqual([(status, body) for status, _, body in answers],
+                             [(200, '{"status": "ok"}\n')] * 4)
             self.serves(sidecar)
             self.drains(sidecar)
-        bad = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, os.path.join(HERE, "sidecar.py")],
-                             env=dict(os.environ, SIDECAR_PORT="x"), timeout=PATIENCE)
+        bad = subprocess.run(
+            ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, os.path.join(HERE, "sidecar.py")],
+            env=dict(os.environ, SIDECAR_PORT="x"), timeout=PATIENCE)
         self.assertEqual(bad.returncode, 2)
 
     def test_the_disk_is_full(self):
@@ -119,9 +126,10 @@ class TestFaults(Case):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        program = self._ends_with_test(Program(sys.executable, os.path.join(HERE, "sidecar.py"), stdout=subprocess.DEVNULL,
-                                               stderr=writer, env={"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": port,
-                                                                   "METRICS_PORT": 0, "LOG_LEVEL": "DEBUG"}))
+        program = self._ends_with_test(
+            Program(sys.executable, os.path.join(HERE, "sidecar.py"), stdout=subprocess.DEVNULL,
+                    stderr=writer, env={"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": port,
+                                        "METRICS_PORT": 0, "LOG_LEVEL": "DEBUG"}))
         os.close(writer)
         sidecar = SidecarProcess.__new__(SidecarProcess)
         vars(sidecar).update(vars(program), host="127.0.0.1", port=port)
@@ -135,7 +143,7 @@ class TestFaults(Case):
         for number in range(300):
             sidecar.post("/start-request?id=%d" % number)
             if number % 50 == 0:
-                os.read(reader, 4096)                       # so that some lines go out, and the pipe is full again
+                os.read(reader, 4096)        # so that some lines go out, and the pipe is full again
         self.assertEqual(sidecar.active(), 300)
         self.assertEqual(sidecar.post("/reset"), (200, {"given_up": 300}))
         sidecar.signal(signal.SIGTERM)
@@ -145,20 +153,25 @@ class TestFaults(Case):
         """Of each time that is waited for or told as an age, none is of the wall clock."""
         with tempfile.TemporaryDirectory() as folder:
             flag = os.path.join(folder, "jumped")
-            jumping = ("import os, sys, time; real = time.time; time.time = lambda: real() - 86400 * os.path.exists(%r); "
-                       "sys.path.insert(0, %r); import sidecar; sys.exit(sidecar.main([]))" % (flag, HERE))
+            jumping = ("import os, sys, time; real = time.time; "
+                       "time.time = lambda: real() - 86400 * os.path.exists(%r); "
+                       "sys.path.insert(0, %r); import sidecar; sys.exit(sidecar.main([]))"
+                       % (flag, HERE))
             sidecar = SidecarProcess.__new__(SidecarProcess)
             Program.__init__(sidecar, sys.executable, "-c", jumping, env={
-                "SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0, "GRACE_PERIOD_SECONDS": 0.5})
+                "SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0,
+                "GRACE_PERIOD_SECONDS": 0.5})
             self._ends_with_test(sidecar)
             match = sidecar.wait_for(r"listening api=http://(\S+):(\d+) metrics=http://\S+:(\d+)")
-            sidecar.host, sidecar.port, sidecar.metrics_port = match.group(1), int(match.group(2)), int(match.group(3))
+            sidecar.host = match.group(1)
+            sidecar.port, sidecar.metrics_port = int(match.group(2)), int(match.group(3))
             sidecar.post("/start-request?id=a")
             sidecar.post("/start-request?id=b")
             newest = sidecar.get("/metrics")[1]["last_request_time"]
             open(flag, "w").close()
             sidecar.post("/start-request?id=c")
-            self.assertLess(sidecar.get("/metrics")[1]["last_request_time"], newest)        # it has jumped
+            # It has jumped.
+            self.assertLess(sidecar.get("/metrics")[1]["last_request_time"], newest)
             sidecar.post("/end-request?id=a")
             self.assertLess(0, sidecar.sample("sidecar_request_duration_seconds_sum"))
             self.assertLess(sidecar.sample("sidecar_request_duration_seconds_sum"), 2 * PATIENCE)
@@ -194,24 +207,27 @@ class TestFaults(Case):
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGSTOP)
-        time.sleep(0.6)                                     # it is the time that passes that is tested
+        time.sleep(0.6)                                  # it is the time that passes that is tested
         sidecar.signal(signal.SIGCONT)
         self.assertEqual(sidecar.wait(), 1)
         sidecar.wait_for("still active request_id=a")
 
     @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
     def test_without_proc(self):
-        sidecar = self.sidecar(launcher=("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"))
+        sidecar = self.sidecar(launcher=("unshare", "--mount", "sh", "-c",
+                                         'mount -t tmpfs none /proc && exec "$@"', "sh"))
         self.serves(sidecar)
         self.assertNotIn("process_", sidecar.prometheus())
         self.drains(sidecar)
 
     @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
     def test_a_read_only_file_system_no_home_and_an_unknown_user(self):
-        sidecar = self.sidecar("run", "--", "sh", "-c", 'id -u; touch "$0" || echo read-only; exec sleep 600', HERE + "/touched",
-                               HOME=None, USER=None, launcher=(
-            "unshare", "--mount", "sh", "-c",
-            'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec unshare --user --map-user=12345 "$@"', HERE))
+        launcher = ("unshare", "--mount", "sh", "-c",
+                    'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && '
+                    'exec unshare --user --map-user=12345 "$@"', HERE)
+        sidecar = self.sidecar("run", "--", "sh", "-c",
+                               'id -u; touch "$0" || echo read-only; exec sleep 600',
+                               HERE + "/touched", HOME=None, USER=None, launcher=launcher)
         sidecar.wait_for("^12345$")
         sidecar.wait_for("^read-only$")
         self.serves(sidecar)
@@ -222,14 +238,17 @@ class TestFaults(Case):
     @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
     def test_hosts_with_ipv6_only_and_with_ipv4_only(self):
         for setup, url in (("ip link set lo up && ip -4 address flush dev lo", "http://[::1]:%d"),
-                           ("echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 && ip link set lo up", "http://127.0.0.1:%d")):
-            sidecar = self.sidecar(SIDECAR_HOST=None, launcher=("unshare", "--net", "sh", "-c", setup + ' && exec "$@"', "sh"))
+                           ("echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 && ip link set lo up",
+                            "http://127.0.0.1:%d")):
+            sidecar = self.sidecar(SIDECAR_HOST=None, launcher=("unshare", "--net", "sh", "-c",
+                                                                setup + ' && exec "$@"', "sh"))
             enter = ("nsenter", "--net", "--target", str(sidecar.process.pid))
-            ask = self.program(*enter, sys.executable, "-c", "import sys, test_faults; test_faults.call_there(sys.argv[1])",
+            ask = self.program(*enter, sys.executable, "-c",
+                               "import sys, test_faults; test_faults.call_there(sys.argv[1])",
                                url % sidecar.port, cwd=os.path.dirname(os.path.abspath(__file__)))
             self.assertEqual(ask.wait(), 0, ask.log)
-            health = self.program(*enter, sys.executable, os.path.join(HERE, "sidecar.py"), "health",
-                                  env={"SIDECAR_URL": url % sidecar.port})
+            health = self.program(*enter, sys.executable, os.path.join(HERE, "sidecar.py"),
+                                  "health", env={"SIDECAR_URL": url % sidecar.port})
             self.assertEqual(health.wait(), 0, health.log)
             self.drains(sidecar)
 
@@ -237,7 +256,8 @@ class TestFaults(Case):
 def call_there(url):
     """In another network namespace: call the sidecar there."""
     target = urllib.parse.urlsplit(url)
-    for path, expected in (("/start-request?id=a", 200), ("/end-request?id=a", 200), ("/reset", 200), ("/drain", 200)):
+    for path, expected in (("/start-request?id=a", 200), ("/end-request?id=a", 200),
+                           ("/reset", 200), ("/drain", 200)):
         connection = http.client.HTTPConnection(target.hostname, target.port, timeout=PATIENCE)
         connection.request("POST", path)
         assert connection.getresponse().status == expected, path

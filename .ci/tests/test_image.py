@@ -15,9 +15,11 @@ PODMAN = shutil.which("podman") and not subprocess.call(["podman", "image", "exi
 
 @needs("podman, or the image %s," % BASE, PODMAN)
 class TestImage(Case):
-    """Both images, built by podman on the base, or what .ci/run puts in its place, and run locked down."""
+    """Both images, built by podman on the base, or what .ci/run puts in its place, and run locked
+    down."""
 
-    LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")           # podman's own may be forbidden
+    # Podman's own may be forbidden.
+    LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
     LOCKED_DOWN = ("--read-only", "--cap-drop", "ALL") + LIMITS
 
     @classmethod
@@ -35,7 +37,8 @@ class TestImage(Case):
         run("podman", "rmi", "--force", *cls.images.values())
 
     def container(self, *arguments, image="sidecar", network="none", **env):
-        """Start a container, locked down, and return its name. network: whose it shares, as in a pod."""
+        """Start a container, locked down, and return its name. network: whose it shares, as in a
+        pod."""
         TestImage.names += 1
         name = "test-%d-%d" % (os.getpid(), self.names)
         self.addCleanup(run, "podman", "rm", "--force", "--ignore", "--time", 0, name)
@@ -49,12 +52,14 @@ class TestImage(Case):
         return name
 
     def worker_of(self, name):
-        """Start a container that shares the network of another, and return its name: the worker in the same pod."""
+        """Start a container that shares the network of another, and return its name: the worker in
+        the same pod."""
         return self.container("-c", "import time; time.sleep(%d)" % PATIENCE, image="echo-bot",
                               network="container:" + name)
 
     def ask(self, name, command):
-        """Run `sidecar.py command` in a container, as an exec hook does, and return what it printed."""
+        """Run `sidecar.py command` in a container, as an exec hook does, and return what it
+        printed."""
         return run("podman", "exec", name, "python3", "/app/sidecar.py", command)
 
     def post(self, name, path):
@@ -70,13 +75,15 @@ class TestImage(Case):
 
     def test_layers_are_the_copied_files(self):
         base = self.inspect(BASE, ".RootFS.Layers")
-        for target, files in ("sidecar", ["sidecar.py"]), ("echo-bot", ["echo_bot.py", "sidecar.py"]):
+        for target, files in (("sidecar", ["sidecar.py"]),
+                              ("echo-bot", ["echo_bot.py", "sidecar.py"])):
             layers = self.inspect(self.images[target], ".RootFS.Layers")
             self.assertEqual(layers[:len(base)], base)
             self.assertEqual(len(layers) - len(base), len(files))
-            listed = run("podman", "run", "--rm", "--network", "none", *self.LOCKED_DOWN, "--entrypoint", "python3",
-                         self.images[target], "-c", "import os; os.chdir('/app')\n"
-                         "for name in sorted(os.listdir()): print(name, oct(os.stat(name).st_mode))")
+            listing = ("import os; os.chdir('/app')\n"
+                       "for name in sorted(os.listdir()): print(name, oct(os.stat(name).st_mode))")
+            listed = run("podman", "run", "--rm", "--network", "none", *self.LOCKED_DOWN,
+                         "--entrypoint", "python3", self.images[target], "-c", listing)
             self.assertEqual(listed.splitlines(), [name + " 0o100444" for name in files])
 
     def test_labels(self):
@@ -92,7 +99,8 @@ class TestImage(Case):
     def test_runs_as_nobody_with_nothing_allowed(self):
         status = run("podman", "exec", self.sidecar_container(), "python3", "-c",
                      "print(open('/proc/1/cmdline').read().replace('\\0', ' '))\n"
-                     "print(*(line for line in open('/proc/1/status') if line[:3] in ('Uid', 'Gid', 'Cap')))\n"
+                     "print(*(line for line in open('/proc/1/status') if line[:3] in ('Uid', "
+                     "'Gid', 'Cap')))\n"
                      "for path in '/app/x', '/home/nonroot/x', '/etc/x':\n"
                      "    try: open(path, 'w')\n"
                      "    except OSError as error: print(error.strerror)")
@@ -149,7 +157,8 @@ class TestImage(Case):
         self.addCleanup(run, "podman", "rm", "--force", "--ignore", "--time", 0, name)
         for line in lines:
             line = re.sub(r"(?<=[ :])sidecar(?= |$)", name, line).replace("-it", "--interactive")
-            line = re.sub(r"\b(sidecar|echo-bot):[0-9.]+", lambda match: self.images[match.group(1)], line)
+            line = re.sub(r"\b(sidecar|echo-bot):[0-9.]+",
+                          lambda match: self.images[match.group(1)], line)
             if line.startswith("run"):
                 network = () if "--network" in line else ("--network", "none")
                 line = " ".join(("run",) + network + self.LIMITS) + line[len("run"):]

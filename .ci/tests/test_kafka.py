@@ -19,18 +19,22 @@ import zlib
 from support import CACHE, HERE, PATIENCE, Case, Program, installed, needs, until
 
 KAFKA_JARS = os.path.join(CACHE, "kafka")
-KAFKA_NAMES = ("KAFKA_", "BOT_", "TELEGRAM_", "SIDECAR_URL")        # what the tests' own environment may not bring in
+# What the tests' own environment may not bring in.
+KAFKA_NAMES = ("KAFKA_", "BOT_", "TELEGRAM_", "SIDECAR_URL")
 
 
 def needs_kafka(thing):
-    """Decorate a test of a real Apache Kafka, to which the test speaks with confluent-kafka; .ci/run installs both."""
-    jars = os.path.isdir(KAFKA_JARS) and any(name.startswith("kafka_2") for name in os.listdir(KAFKA_JARS))
+    """Decorate a test of a real Apache Kafka, to which the test speaks with confluent-kafka;
+    .ci/run installs both."""
+    jars = os.path.isdir(KAFKA_JARS) and any(name.startswith("kafka_2")
+                                             for name in os.listdir(KAFKA_JARS))
     return needs("Apache Kafka (jars, a JDK, confluent-kafka)",
                  jars and shutil.which("java") and installed("confluent_kafka"))(thing)
 
 
 def free_ports(count):
-    """Return ports for a broker, which must know them before it starts and find them free after a restart.
+    """Return ports for a broker, which must know them before it starts and find them free after a
+    restart.
 
     They are below those that the kernel hands out, to a client's connection say.
     """
@@ -52,8 +56,9 @@ def kafka_class(name, *argv, java=(), **options):
 
 
 def update_of(number, chat=1, text=None):
-    return {"update_id": number, "message": {"message_id": number, "date": 0, "chat": {"id": chat, "type": "private"},
-                                             "text": text or "m%d" % number}}
+    return {"update_id": number,
+            "message": {"message_id": number, "date": 0, "chat": {"id": chat, "type": "private"},
+                        "text": text or "m%d" % number}}
 
 
 def envelope(number, chat=1, bot_id="b1", text=None):
@@ -62,11 +67,13 @@ def envelope(number, chat=1, bot_id="b1", text=None):
 
 
 class KafkaNode:
-    """A real Kafka, broker and controller in one. `voters` of several nodes: {number: port of its controller}."""
+    """A real Kafka, broker and controller in one. `voters` of several nodes: {number: port of its
+    controller}."""
 
     def __init__(self, number=1, voters=None, certificate=None, **settings):
         self.folder, self.number, self.program = tempfile.mkdtemp(), number, None
-        names = ["PLAINTEXT", "PROXIED"] + (["SSL", "SASL_PLAINTEXT", "SASL_SSL"] if certificate else [])
+        names = ["PLAINTEXT", "PROXIED"]
+        names += ["SSL", "SASL_PLAINTEXT", "SASL_SSL"] if certificate else []
         ports = free_ports(len(names) + 1)
         self.voters = voters or {number: ports.pop()}
         self.ports = dict(zip(names, ports))
@@ -76,16 +83,20 @@ class KafkaNode:
                       for name, port in self.ports.items()]
         protocols = ["%s:%s" % (name, "PLAINTEXT" if name == "PROXIED" else name) for name in names]
         config = {
-            "process.roles": "broker,controller", "node.id": number, "log.dirs": os.path.join(self.folder, "data"),
+            "process.roles": "broker,controller", "node.id": number,
+            "log.dirs": os.path.join(self.folder, "data"),
             "listeners": ",".join(listeners + ["CONTROLLER://127.0.0.1:%d" % self.voters[number]]),
             "advertised.listeners": ",".join(advertised), "controller.listener.names": "CONTROLLER",
             "listener.security.protocol.map": ",".join(protocols + ["CONTROLLER:PLAINTEXT"]),
             "inter.broker.listener.name": "PLAINTEXT",
-            "controller.quorum.voters": ",".join("%d@127.0.0.1:%d" % voter for voter in self.voters.items()),
+            "controller.quorum.voters": ",".join("%d@127.0.0.1:%d" % voter
+                                                 for voter in self.voters.items()),
             "offsets.topic.num.partitions": 3, "offsets.topic.replication.factor": len(self.voters),
             "transaction.state.log.num.partitions": 1, "transaction.state.log.min.isr": 1,
-            "transaction.state.log.replication.factor": len(self.voters), "group.initial.rebalance.delay.ms": 300,
-            "group.coordinator.append.linger.ms": 0}     # its 5 ms a commit are the most of a run's time
+            "transaction.state.log.replication.factor": len(self.voters),
+            "group.initial.rebalance.delay.ms": 300,
+            # Its 5 ms a commit are the most of a run's time.
+            "group.coordinator.append.linger.ms": 0}
         if certificate:
             config.update({
                 "ssl.keystore.type": "PEM", "ssl.keystore.location": certificate,
@@ -93,18 +104,20 @@ class KafkaNode:
                 "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
                 "super.users": "User:ANONYMOUS", "allow.everyone.if.no.acl.found": "true"})
             for name in ("sasl_plaintext", "sasl_ssl"):
-                for mechanism, module in (("plain", 'plain.PlainLoginModule required user_bot="PASSWORD-1"'),
-                                          ("scram-sha-256", "scram.ScramLoginModule required"),
-                                          ("scram-sha-512", "scram.ScramLoginModule required")):
+                for mechanism, module in (
+                        ("plain", 'plain.PlainLoginModule required user_bot="PASSWORD-1"'),
+                        ("scram-sha-256", "scram.ScramLoginModule required"),
+                        ("scram-sha-512", "scram.ScramLoginModule required")):
                     config["listener.name.%s.%s.sasl.jaas.config" % (name, mechanism)] = \
                         "org.apache.kafka.common.security.%s;" % module
         config.update(settings)
         self.config = os.path.join(self.folder, "server.properties")
         with open(self.config, "w") as file:
             file.write("".join("%s=%s\n" % item for item in config.items()))
-        self.run("kafka.tools.StorageTool", "format", "--cluster-id", "c2lkZWNhcnRlc3RrYWZrYQ", "--config", self.config,
-                 "--add-scram", "SCRAM-SHA-256=[name=bot,password=PASSWORD-1]",
-                 "--add-scram", "SCRAM-SHA-512=[name=bot,password=PASSWORD-1]")
+        self.run("kafka.tools.StorageTool", "format", "--cluster-id", "c2lkZWNhcnRlc3RrYWZrYQ",
+                 "--config", self.config, "--add-scram",
+                 "SCRAM-SHA-256=[name=bot,password=PASSWORD-1]", "--add-scram",
+                 "SCRAM-SHA-512=[name=bot,password=PASSWORD-1]")
         self.start()
 
     @property
@@ -139,7 +152,8 @@ def wait_for_kafka(*nodes):
     """Wait until all nodes of a cluster are up."""
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient
-    admin = AdminClient({"bootstrap.servers": ",".join(node.address for node in nodes), "log_level": 0})
+    admin = AdminClient(
+        {"bootstrap.servers": ",".join(node.address for node in nodes), "log_level": 0})
 
     def up():
         for node in nodes:
@@ -153,16 +167,18 @@ def wait_for_kafka(*nodes):
 
 
 def report(case, sent, replies, seconds):
-    """Print a line of the table of runs, which is what people want to know of a bot that is said to lose nothing."""
+    """Print a line of the table of runs, which is what people want to know of a bot that is said to
+    lose nothing."""
     answered = len(replies.texts)
     print("\n%s: sent %d, answered %d, twice %d, lost %d, %.1f s" % (
-        case.id().rsplit(".", 1)[1], sent, answered, sum(replies.texts.values()) - answered, sent - answered, seconds),
+        case.id().rsplit(".", 1)[1], sent, answered, sum(replies.texts.values()) - answered,
+        sent - answered, seconds),
         file=sys.stderr)
 
 
 class Proxy:
-    """A TCP proxy before a broker. `spoil`, where set, gets each piece of an answer and returns what to pass on; where
-    that is shorter, the connection is cut after it."""
+    """A TCP proxy before a broker. `spoil`, where set, gets each piece of an answer and returns
+    what to pass on; where that is shorter, the connection is cut after it."""
 
     def __init__(self, target):
         self.target, self.spoil, self.server = target, None, socket.socket()
@@ -185,7 +201,8 @@ class Proxy:
                 broker.connect(("127.0.0.1", self.target))
             except OSError:
                 return
-            requests = threading.Thread(target=self._pass, args=(client, broker, False), daemon=True)
+            requests = threading.Thread(target=self._pass, args=(client, broker, False),
+                                        daemon=True)
             requests.start()
             self._pass(broker, client, True)
             requests.join()
@@ -211,13 +228,15 @@ class Proxy:
 
 
 class KafkaCase(Case):
-    """A test with brokers: `self.brokers` is their address list. Topics and groups are new in each test."""
+    """A test with brokers: `self.brokers` is their address list. Topics and groups are new in each
+    test."""
 
     brokers, nodes = None, ()
 
     @classmethod
     def use(cls, *nodes):
-        """Keep these brokers for the tests of the class, from when they serve until its last test is over."""
+        """Keep these brokers for the tests of the class, from when they serve until its last test
+        is over."""
         cls.nodes, cls.brokers = nodes, ",".join(node.address for node in nodes)
         try:
             wait_for_kafka(*nodes)
@@ -236,8 +255,9 @@ class KafkaCase(Case):
 
     def producer(self, **settings):
         from confluent_kafka import Producer
-        return Producer(dict({"bootstrap.servers": self.brokers, "enable.idempotence": True, "log_level": 0},
-                             **settings))
+        return Producer(
+            dict({"bootstrap.servers": self.brokers, "enable.idempotence": True, "log_level": 0},
+                 **settings))
 
     def admin(self):
         from confluent_kafka.admin import AdminClient
@@ -246,7 +266,8 @@ class KafkaCase(Case):
     def consumer(self, group=None, **settings):
         from confluent_kafka import Consumer
         consumer = Consumer(dict({
-            "bootstrap.servers": self.brokers, "group.id": group or "reader-" + self.name, "log_level": 0,
+            "bootstrap.servers": self.brokers, "group.id": group or "reader-" + self.name,
+            "log_level": 0,
             "auto.offset.reset": "earliest", "enable.auto.commit": False}, **settings))
         self.addCleanup(consumer.close)
         return consumer
@@ -256,8 +277,9 @@ class KafkaCase(Case):
         from confluent_kafka.admin import NewTopic
         names = {"incoming": self.incoming, "outgoing": self.outgoing}
         admin = self.admin()        # its end would be the end of what it does
-        for future in admin.create_topics([
-                NewTopic(names.get(name, name), count, replicas) for name, count in partitions.items()]).values():
+        topics = [NewTopic(names.get(name, name), count, replicas)
+                  for name, count in partitions.items()]
+        for future in admin.create_topics(topics).values():
             future.result()
 
     def write(self, records, topic=None, **settings):
@@ -279,8 +301,9 @@ class KafkaCase(Case):
 
     def bot(self, **env):
         clean = {name: None for name in os.environ if name.startswith(KAFKA_NAMES)}
-        settings = dict(clean, KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming, BOT_ID="b1",
-                        KAFKA_OUTGOING_TOPIC=self.outgoing, KAFKA_CONSUMER_GROUP=self.group, BOT_TOKEN="123:TEST-TOKEN")
+        settings = dict(clean, KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming,
+                        BOT_ID="b1", KAFKA_OUTGOING_TOPIC=self.outgoing,
+                        KAFKA_CONSUMER_GROUP=self.group, BOT_TOKEN="123:TEST-TOKEN")
         settings.update(env)
         return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=settings)
 
@@ -293,8 +316,9 @@ class KafkaCase(Case):
 
             def sleep(self, seconds):
                 time.sleep(seconds)
-        settings = dict(KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming, BOT_TOKEN="123:TEST-TOKEN",
-                        KAFKA_OUTGOING_TOPIC=self.outgoing, KAFKA_CONSUMER_GROUP=self.group)
+        settings = dict(KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming,
+                        BOT_TOKEN="123:TEST-TOKEN", KAFKA_OUTGOING_TOPIC=self.outgoing,
+                        KAFKA_CONSUMER_GROUP=self.group)
         settings.update(env)
         stopping = Stopping()
         source = echo_bot.Kafka(settings, stopping)
@@ -302,7 +326,8 @@ class KafkaCase(Case):
         return source, stopping
 
     def end(self, *bots):
-        """SIGTERM bots, which have to end with status 0 and to have kept the token to themselves."""
+        """SIGTERM bots, which have to end with status 0 and to have kept the token to
+        themselves."""
         for bot in bots:
             bot.signal(signal.SIGTERM)
         for bot in bots:
@@ -311,7 +336,8 @@ class KafkaCase(Case):
             self.assertNotIn("Traceback", bot.log)
 
     def lag(self, partitions, group=None):
-        """Return how far a group's committed offsets are behind the ends of the incoming topic, as KEDA sees it."""
+        """Return how far a group's committed offsets are behind the ends of the incoming topic, as
+        KEDA sees it."""
         from confluent_kafka import TopicPartition
         consumer = self.consumer(group or self.group)
         parts = [TopicPartition(self.incoming, index) for index in range(partitions)]
@@ -320,18 +346,23 @@ class KafkaCase(Case):
 
 
 class Replies:
-    """What is in a topic, read from its start by librdkafka as it comes: each record, and how often each text came."""
+    """What is in a topic, read from its start by librdkafka as it comes: each record, and how often
+    each text came."""
 
     def __init__(self, case, topic=None):
         from confluent_kafka import OFFSET_BEGINNING, TopicPartition
         self.consumer, self.records, self.texts = case.consumer(), [], collections.Counter()
         topic = topic or case.outgoing
-        indexes = until(lambda: self.consumer.list_topics(topic, timeout=PATIENCE).topics[topic].partitions, topic)
+
+        def partitions():
+            return self.consumer.list_topics(topic, timeout=PATIENCE).topics[topic].partitions
+        indexes = until(partitions, topic)
         self.consumer.assign([TopicPartition(topic, index, OFFSET_BEGINNING) for index in indexes])
         self.next_offsets = dict.fromkeys(indexes, 0)
 
     def read(self, count, tick=lambda: None):
-        """Read until there are `count` different texts, with tick() now and then; PATIENCE is for each to come."""
+        """Read until there are `count` different texts, with tick() now and then; PATIENCE is for
+        each to come."""
         last = time.monotonic()
         while len(self.texts) < count:
             if self.read_some():
@@ -345,13 +376,15 @@ class Replies:
         """Read what there is beyond, up to the ends of the partitions."""
         ends = {part.partition: self.consumer.get_watermark_offsets(part, timeout=PATIENCE)[1]
                 for part in self.consumer.assignment()}
-        until(lambda: not self.read_some() and all(self.next_offsets[index] >= end for index, end in ends.items()),
+        until(lambda: not self.read_some()
+              and all(self.next_offsets[index] >= end for index, end in ends.items()),
               "the end of the replies")
         return self
 
     def read_some(self):
         """Read what has come; return how many records."""
-        records = [record for record in self.consumer.consume(500, timeout=0.2) if not record.error()]
+        records = [record for record in self.consumer.consume(500, timeout=0.2)
+                   if not record.error()]
         for record in records:
             self._take(record)
         return len(records)
@@ -374,19 +407,24 @@ class TestKafkaPieces(unittest.TestCase):
         cls.bot = echo_bot
 
     def test_checksum(self):
-        for data, crc in ((b"", 0), (b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43)):
+        for data, crc in ((b"", 0), (b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA),
+                          (b"\xff" * 32, 0x62A8AB43)):
             self.assertEqual(self.bot.crc32c(data), crc)        # RFC 3720, B.4
 
     def test_partitioner(self):
-        for key, number in ((b"21", -973932308), (b"foobar", -790332482), (b"a-little-bit-long-string", -985981536),
-                            (b"a-little-bit-longer-string", -1486304829), (b"abc", 479470107), (b"", 275646681),
+        for key, number in ((b"21", -973932308), (b"foobar", -790332482),
+                            (b"a-little-bit-long-string", -985981536),
+                            (b"a-little-bit-longer-string", -1486304829), (b"abc", 479470107),
+                            (b"", 275646681),
                             (b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58897971)):
             self.assertEqual(self.bot.murmur2(key), number & 0x7FFFFFFF)
 
     def test_assignor(self):
-        shares = self.bot.assign_ranges({"b": ["t"], "a": ["t"], "c": ["t", "u"], "d": ["v"]}, {"t": 7, "u": 2, "v": 0})
-        self.assertEqual(shares, {"a": {"t": [0, 1, 2]}, "b": {"t": [3, 4]}, "c": {"t": [5, 6], "u": [0, 1]},
-                                  "d": {"v": []}})
+        shares = self.bot.assign_ranges({"b": ["t"], "a": ["t"], "c": ["t", "u"], "d": ["v"]},
+                                        {"t": 7, "u": 2, "v": 0})
+        self.assertEqual(
+            shares, {"a": {"t": [0, 1, 2]}, "b": {"t": [3, 4]}, "c": {"t": [5, 6], "u": [0, 1]},
+                     "d": {"v": []}})
         shares = self.bot.assign_ranges({"a": ["t"], "b": ["t"], "c": ["t"]}, {"t": 2})
         self.assertEqual(shares, {"a": {"t": [0]}, "b": {"t": [1]}, "c": {"t": []}})
 
@@ -400,7 +438,9 @@ class TestKafkaPieces(unittest.TestCase):
             text = "".join(chance.choice("ab\u00e9\U0001f600") for _ in range(chance.randrange(9)))
             return chance.choice((None, text if schema == self.bot.STRING else text.encode()))
         bits = 8 * struct.calcsize(">" + schema)
-        return bool(chance.getrandbits(1)) if schema == self.bot.BOOLEAN else chance.getrandbits(bits) - (1 << bits - 1)
+        if schema == self.bot.BOOLEAN:
+            return bool(chance.getrandbits(1))
+        return chance.getrandbits(bits) - (1 << bits - 1)
 
     def test_what_is_encoded_is_decoded(self):
         chance = random.Random(1)
@@ -416,7 +456,7 @@ class TestKafkaPieces(unittest.TestCase):
 
     def test_random_bytes_are_an_error_each_time(self):
         chance, outcomes = random.Random(2), collections.Counter()
-        for name, (_, _, _, answer) in self.bot.APIS.items():
+        for _, _, _, answer in self.bot.APIS.values():
             for round_number in range(300):
                 data = bytearray(self.bot.encode(answer, self.value_of(answer, chance)))
                 if round_number % 2:
@@ -432,15 +472,18 @@ class TestKafkaPieces(unittest.TestCase):
         self.assertGreater(outcomes["error"], 1000)
 
     def batch(self, records, base=0, attributes=0, producer=-1, data=None, count=None):
-        """Return a record batch of (key, value) records, each with a header; `data` takes their place."""
+        """Return a record batch of (key, value) records, each with a header; `data` takes their
+        place."""
         body = b"".join(self.bot.varint(len(record)) + record for record in (
-            b"\0\0" + self.bot.varint(delta) + b"".join(b"\x01" if part is None else self.bot.varint(len(part)) + part
-                                                     for part in record) + b"\x02\x02h\x01"
+            b"\0\0" + self.bot.varint(delta)
+            + b"".join(b"\x01" if part is None else self.bot.varint(len(part)) + part
+                       for part in record) + b"\x02\x02h\x01"
             for delta, record in enumerate(records)))
         body = body if data is None else data
         checked = struct.pack(">hiqqqhii", attributes, len(records) - 1, 0, 0, producer, 0, 0,
                               len(records) if count is None else count) + body
-        return struct.pack(">qiibI", base, len(checked) + 9, 0, 2, self.bot.crc32c(checked)) + checked
+        return struct.pack(">qiibI", base, len(checked) + 9, 0, 2,
+                           self.bot.crc32c(checked)) + checked
 
     def read(self, data, aborted=()):
         aborted = [dict(producer_id=producer, first_offset=offset) for producer, offset in aborted]
@@ -449,7 +492,8 @@ class TestKafkaPieces(unittest.TestCase):
     def test_batches(self):
         mine = self.bot.encode_batch(b"k", b"v", 7, 0, 1)
         self.assertEqual(self.read(mine), [(1, [(0, b"k", b"v")])])
-        self.assertEqual(self.read(self.bot.encode_batch(None, None, -1, -1, -1)), [(1, [(0, None, None)])])
+        self.assertEqual(self.read(self.bot.encode_batch(None, None, -1, -1, -1)),
+                         [(1, [(0, None, None)])])
         two = self.batch([(b"a", b"1"), (None, b""), (b"", None)], base=5)
         records = [(5, b"a", b"1"), (6, None, b""), (7, b"", None)]
         self.assertEqual(self.read(two), [(8, records)])
@@ -459,7 +503,8 @@ class TestKafkaPieces(unittest.TestCase):
     def test_transactions_in_batches(self):
         abort, commit = (b"\0\0\0\0", b"\0\0"), (b"\0\0\0\1", b"\0\0")
         log = b"".join((
-            self.batch([(None, b"a0")], 0, 16, producer=1), self.batch([(None, b"b0")], 1, 16, producer=2),
+            self.batch([(None, b"a0")], 0, 16, producer=1),
+            self.batch([(None, b"b0")], 1, 16, producer=2),
             self.batch([(None, b"plain")], 2), self.batch([abort], 3, 48, producer=1),
             self.batch([(None, b"a1")], 4, 16, producer=1), self.batch([commit], 5, 48, producer=2),
             self.batch([commit], 6, 48, producer=1)))
@@ -473,17 +518,20 @@ class TestKafkaPieces(unittest.TestCase):
             for bit in range(8):
                 data = bytearray(good)
                 data[place] ^= 1 << bit
-                if place >= 17:         # before the checksum lie the leader's epoch, which nobody reads, and the format
+                # Before the checksum lie the leader's epoch, which nobody reads, and the format.
+                if place >= 17:
                     self.assertRaises(self.bot.KafkaError, self.read, bytes(data))
         gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
         packed = gzip.compress(b"\0" * 100) + gzip.flush()
         for data in (packed[:-3], b"no gzip", b"", packed):
-            self.assertRaises(self.bot.KafkaError, self.read, self.batch([(None, b"")], attributes=1, data=data))
+            self.assertRaises(self.bot.KafkaError, self.read,
+                              self.batch([(None, b"")], attributes=1, data=data))
         for _ in range(2000):           # a right checksum over rubbish
             data = bytearray(good[61:])
             data[chance.randrange(len(data))] = chance.getrandbits(8)
             try:
-                self.read(self.batch([(None, b"")] * 3, data=bytes(data), count=chance.choice((3, 4, 1 << 30))))
+                self.read(self.batch([(None, b"")] * 3, data=bytes(data),
+                                     count=chance.choice((3, 4, 1 << 30))))
             except self.bot.KafkaError:
                 pass
             try:
@@ -500,26 +548,32 @@ class TestKafkaPieces(unittest.TestCase):
             answers.append(challenge % nonce if not answers else b"v=bm8=")
             return {"data": answers[-1]}
         connection.call = call
-        for challenge, error in ((b"r=%s-more,s=c2FsdA==,i=4096", self.bot.ConfigError), (b"%s", self.bot.KafkaError),
-                                 (b"r=x%s,s=c2FsdA==,i=4096", self.bot.KafkaError),
-                                 (b"r=%s-more,s=c2FsdA==,i=99999999", self.bot.KafkaError),
-                                 (b"r=%s-more,s=c2FsdA==,i=1", self.bot.KafkaError)):
+        for challenge, error in (       # noqa: B007, since call() uses the challenge.
+                (b"r=%s-more,s=c2FsdA==,i=4096", self.bot.ConfigError),
+                (b"%s", self.bot.KafkaError),
+                (b"r=x%s,s=c2FsdA==,i=4096", self.bot.KafkaError),
+                (b"r=%s-more,s=c2FsdA==,i=99999999", self.bot.KafkaError),
+                (b"r=%s-more,s=c2FsdA==,i=1", self.bot.KafkaError)):
             self.assertRaises(error, connection._scram, "sha256", "user", "password")
             answers.clear()
 
     def test_settings(self):
-        good = dict(KAFKA_BROKERS="a:1, [::1]:2", KAFKA_INCOMING_TOPIC="i", KAFKA_OUTGOING_TOPIC="o",
-                    KAFKA_CONSUMER_GROUP="g", BOT_TOKEN="123:TEST-TOKEN")
+        good = dict(KAFKA_BROKERS="a:1, [::1]:2", KAFKA_INCOMING_TOPIC="i",
+                    KAFKA_OUTGOING_TOPIC="o", KAFKA_CONSUMER_GROUP="g", BOT_TOKEN="123:TEST-TOKEN")
         self.assertEqual(self.bot.kafka_settings(good).brokers, [("a", 1), ("::1", 2)])
-        sasl = dict(KAFKA_SECURITY_PROTOCOL="SASL_SSL", KAFKA_SASL_USERNAME="u", KAFKA_SASL_PASSWORD="TEST-TOKEN")
+        sasl = dict(KAFKA_SECURITY_PROTOCOL="SASL_SSL", KAFKA_SASL_USERNAME="u",
+                    KAFKA_SASL_PASSWORD="TEST-TOKEN")
         self.bot.kafka_settings(dict(good, **sasl))
         for name, env in [(name, {name: ""}) for name in good] + [
-                ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a"}), ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a:0"}),
-                ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a:1,"}), ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a:70000"}),
+                ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a"}),
+                ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a:0"}),
+                ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a:1,"}),
+                ("KAFKA_BROKERS", {"KAFKA_BROKERS": "a:70000"}),
                 ("KAFKA_SECURITY_PROTOCOL", {"KAFKA_SECURITY_PROTOCOL": "TLS"}),
                 ("KAFKA_SASL_MECHANISM", dict(sasl, KAFKA_SASL_MECHANISM="GSSAPI")),
                 ("KAFKA_SASL_PASSWORD", dict(sasl, KAFKA_SASL_PASSWORD="")),
-                ("KAFKA_SSL_CAFILE", {"KAFKA_SECURITY_PROTOCOL": "SSL", "KAFKA_SSL_CAFILE": "/nowhere"})]:
+                ("KAFKA_SSL_CAFILE",
+                 {"KAFKA_SECURITY_PROTOCOL": "SSL", "KAFKA_SSL_CAFILE": "/nowhere"})]:
             with self.assertRaises(self.bot.ConfigError, msg=name) as caught:
                 self.bot.kafka_settings(dict(good, **env))
             self.assertIn(name, str(caught.exception))
@@ -532,13 +586,15 @@ class TestKafkaBot(Case):
 
     def bot(self, port, **env):
         clean = {name: None for name in os.environ if name.startswith(KAFKA_NAMES)}
-        settings = dict(clean, KAFKA_BROKERS="127.0.0.1:%d" % port, KAFKA_INCOMING_TOPIC="i", KAFKA_OUTGOING_TOPIC="o",
-                        KAFKA_CONSUMER_GROUP="g", BOT_TOKEN="123:TEST-TOKEN")
+        settings = dict(clean, KAFKA_BROKERS="127.0.0.1:%d" % port, KAFKA_INCOMING_TOPIC="i",
+                        KAFKA_OUTGOING_TOPIC="o", KAFKA_CONSUMER_GROUP="g",
+                        BOT_TOKEN="123:TEST-TOKEN")
         settings.update(env)
         return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=settings)
 
     def serve(self, answer):
-        """Answer each connection's first request with bytes, or let it wait when there are none; return the port."""
+        """Answer each connection's first request with bytes, or let it wait when there are none;
+        return the port."""
         server = socket.socket()
         server.bind(("127.0.0.1", 0))
         server.listen(5)
@@ -580,12 +636,13 @@ class TestKafkaBot(Case):
     def test_a_broker_too_old_is_named(self):
         bot = self.bot(self.serve(struct.pack(">iihihhhhhh", 22, 1, 0, 2, 0, 0, 2, 1, 0, 3))[0])
         self.assertEqual(bot.wait(), 1)
-        self.assertRegex(bot.lines[-1], r"127.0.0.1:\d+ is not a Kafka from 0.11 on.*Produce version 3")
+        self.assertRegex(bot.lines[-1],
+                         r"127.0.0.1:\d+ is not a Kafka from 0.11 on.*Produce version 3")
 
     def test_rubbish_for_an_answer_is_an_error(self):
         for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", struct.pack(">ii", 0x7FFFFFFF, 1),
-                       struct.pack(">iihi", 10, 1, 0, -9), struct.pack(">iihi", 10, 1, 0, 0x7FFFFFFF),
-                       struct.pack(">iih", 6, 1, 0)):
+                       struct.pack(">iihi", 10, 1, 0, -9),
+                       struct.pack(">iihi", 10, 1, 0, 0x7FFFFFFF), struct.pack(">iih", 6, 1, 0)):
             bot = self.bot(self.serve(answer)[0])
             bot.wait_for("trying again")
             bot.signal(signal.SIGTERM)
@@ -595,14 +652,17 @@ class TestKafkaBot(Case):
 
 @needs("confluent-kafka", installed("confluent_kafka"))
 class TestKafkaMock(KafkaCase):
-    """Against librdkafka's mock cluster: three brokers, so that leaders and the coordinator are on different ones."""
+    """Against librdkafka's mock cluster: three brokers, so that leaders and the coordinator are on
+    different ones."""
 
     @classmethod
     def setUpClass(cls):
         from confluent_kafka import Producer
-        cls.cluster = Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 3, "log_level": 0})
+        cls.cluster = Producer(
+            {"bootstrap.servers": "mock", "test.mock.num.brokers": 3, "log_level": 0})
         brokers = until(lambda: len(cls.cluster.list_topics(timeout=PATIENCE).brokers) == 3
-                             and cls.cluster.list_topics(timeout=PATIENCE).brokers, "the mock cluster")
+                        and cls.cluster.list_topics(timeout=PATIENCE).brokers,
+                        "the mock cluster")
         cls.brokers = ",".join("%s:%d" % (broker.host, broker.port) for broker in brokers.values())
 
     @classmethod
@@ -615,11 +675,13 @@ class TestKafkaMock(KafkaCase):
         replies = Replies(self).read(200)
         self.end(bot)
         replies.rest()
-        self.assertEqual(replies.texts, collections.Counter({"Echo: m%d" % number: 1 for number in range(200)}))
+        self.assertEqual(replies.texts,
+                         collections.Counter({"Echo: m%d" % number: 1 for number in range(200)}))
         reply = json.loads(replies.records[0].value())
         self.assertEqual((reply["bot_token"], reply["method"]), ("123:TEST-TOKEN", "sendMessage"))
         for record in replies.records:
-            self.assertEqual(record.key().decode(), str(json.loads(record.value())["params"]["chat_id"]))
+            self.assertEqual(record.key().decode(),
+                             str(json.loads(record.value())["params"]["chat_id"]))
 
 
 @needs_kafka
@@ -641,19 +703,20 @@ class TestKafka(KafkaCase):
 
     @classmethod
     def make_certificates(cls):
-        """Make a CA, and a certificate of it for `localhost` alone; return its file, with the key in it."""
+        """Make a CA, and a certificate of it for `localhost` alone; return its file, with the key
+        in it."""
         def openssl(*argv):
-            subprocess.run(["openssl"] + list(argv), cwd=cls.folder, check=True, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)
+            subprocess.run(["openssl"] + list(argv), cwd=cls.folder, check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for name in ("ca", "other"):
-            openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=Test " + name,
-                    "-keyout", name + ".key", "-out", name + ".pem")
+            openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+                    "/CN=Test " + name, "-keyout", name + ".key", "-out", name + ".pem")
         with open(os.path.join(cls.folder, "names"), "w") as file:
             file.write("subjectAltName=DNS:localhost\n")
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", "broker.key",
-                "-out", "broker.csr")
-        openssl("x509", "-req", "-in", "broker.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-                "-days", "2", "-extfile", "names", "-out", "broker.crt")
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout",
+                "broker.key", "-out", "broker.csr")
+        openssl("x509", "-req", "-in", "broker.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+                "-CAcreateserial", "-days", "2", "-extfile", "names", "-out", "broker.crt")
         openssl("pkcs8", "-topk8", "-nocrypt", "-in", "broker.key", "-out", "broker.p8")
         path = os.path.join(cls.folder, "broker.pem")
         with open(path, "w") as file:
@@ -666,15 +729,19 @@ class TestKafka(KafkaCase):
 
     def test_messages_of_librdkafka_and_of_the_java_client_are_read(self):
         self.topics(incoming=3, outgoing=3)
-        self.write([dict(key=None, value=envelope(0)), dict(key="k", value=envelope(1), headers={"a": b"1", "b": None}),
+        self.write([dict(key=None, value=envelope(0)),
+                    dict(key="k", value=envelope(1), headers={"a": b"1", "b": None}),
                     dict(key=b"", value=envelope(2)), dict(key="null", value=None)])
         self.write(self.updates(500, first=3), **{"compression.type": "gzip", "linger.ms": 50})
         padded = json.loads(envelope(503).decode())
-        padded["update"]["padding"] = "x" * 300000      # far more than the share of a partition in a fetch
+        # Far more than the share of a partition in a fetch.
+        padded["update"]["padding"] = "x" * 300000
         self.write([dict(value=json.dumps(padded))])
-        lines = ["source:java\tk%d\t%s" % (number, envelope(number).decode()) for number in range(504, 524)]
+        lines = ["source:java\tk%d\t%s" % (number, envelope(number).decode())
+                 for number in range(504, 524)]
         lines.append("h:\tNULL\t" + envelope(524).decode())
-        options = ["--bootstrap-server", self.brokers, "--topic", self.incoming, "--compression-codec", "gzip"]
+        options = ["--bootstrap-server", self.brokers, "--topic", self.incoming,
+                   "--compression-codec", "gzip"]
         for option in ("parse.key=true", "parse.headers=true", "null.marker=NULL"):
             options += ["--property", option]
         with tempfile.TemporaryFile() as file:
@@ -685,12 +752,14 @@ class TestKafka(KafkaCase):
         replies = Replies(self).read(525)
         until(lambda: self.lag(3) == 0, "all is committed")
         self.end(bot)
-        self.assertEqual(replies.rest().texts, collections.Counter("Echo: m%d" % number for number in range(525)))
+        self.assertEqual(replies.rest().texts,
+                         collections.Counter("Echo: m%d" % number for number in range(525)))
         self.assertEqual(bot.log.count("passed over"), 1, bot.log)      # the one without a value
 
     def test_replies_are_read_by_java_and_lie_where_its_partitioner_puts_them(self):
         self.topics(incoming=1, outgoing=7, **{self.name + "-java": 7})
-        chats = [random.randrange(-10 ** random.randint(1, 14), 10 ** random.randint(1, 14)) for _ in range(100)]
+        chats = [random.randrange(-10 ** random.randint(1, 14), 10 ** random.randint(1, 14))
+                 for _ in range(100)]
         self.write([dict(value=envelope(number, chat)) for number, chat in enumerate(chats)])
         bot = self.bot()
         replies = Replies(self).read(100)
@@ -698,17 +767,21 @@ class TestKafka(KafkaCase):
         with tempfile.TemporaryFile() as file:
             file.write("".join("%d\tx\n" % chat for chat in chats).encode())
             file.seek(0)
-            self.node.run("org.apache.kafka.tools.ConsoleProducer", "--bootstrap-server", self.brokers, "--topic",
-                          self.name + "-java", "--property", "parse.key=true", stdin=file)
+            self.node.run("org.apache.kafka.tools.ConsoleProducer", "--bootstrap-server",
+                          self.brokers, "--topic", self.name + "-java", "--property",
+                          "parse.key=true", stdin=file)
         def java_reads(topic):
-            log = self.node.run("org.apache.kafka.tools.consumer.ConsoleConsumer", "--bootstrap-server", self.brokers,
-                                "--topic", topic, "--from-beginning", "--max-messages", "100", "--property",
+            log = self.node.run("org.apache.kafka.tools.consumer.ConsoleConsumer",
+                                "--bootstrap-server", self.brokers, "--topic", topic,
+                                "--from-beginning", "--max-messages", "100", "--property",
                                 "print.key=true", "--property", "print.partition=true")
-            return sorted(match.groups() for match in re.finditer(r"^Partition:(\d+)\t(-?\d+)\t", log, re.M))
+            return sorted(match.groups()
+                          for match in re.finditer(r"^Partition:(\d+)\t(-?\d+)\t", log, re.M))
         placed = java_reads(self.name + "-java")
         self.assertEqual(len(placed), 100)
         self.assertEqual(java_reads(self.outgoing), placed)
-        self.assertEqual(sorted((str(record.partition()), record.key().decode()) for record in replies.records), placed)
+        self.assertEqual(sorted((str(record.partition()), record.key().decode())
+                                for record in replies.records), placed)
 
     def test_aborted_transactions_are_passed_over_and_leave_no_lag(self):
         self.topics(incoming=1, outgoing=1)
@@ -724,12 +797,13 @@ class TestKafka(KafkaCase):
         replies = Replies(self).read(20)
         until(lambda: self.lag(1) == 0, "no lag is left for KEDA to see")
         self.end(bot)
-        self.assertEqual(sorted(replies.rest().texts), sorted("Echo: m%d" % n for n in range(40) if n // 10 in (1, 3)))
+        self.assertEqual(sorted(replies.rest().texts),
+                         sorted("Echo: m%d" % n for n in range(40) if n // 10 in (1, 3)))
 
     def test_a_bad_record_blocks_nothing(self):
         self.topics(incoming=1, outgoing=1, **{self.name + "-dead": 1})
-        bad = [b"no json", b"\xff\xfe", b"[]", b"{}", b'{"bot_id": "b1", "update": "text"}', b"[" * 100000, b"null",
-               None]
+        bad = [b"no json", b"\xff\xfe", b"[]", b"{}", b'{"bot_id": "b1", "update": "text"}',
+               b"[" * 100000, b"null", None]
         self.write([dict(key="k%d" % number, value=value) for number, value in enumerate(bad)] +
                    [dict(value=envelope(1, bot_id="b2")), dict(value=envelope(2))])
         bot = self.bot(KAFKA_DEAD_LETTER_TOPIC=self.name + "-dead")
@@ -750,7 +824,8 @@ class TestKafka(KafkaCase):
             self.write(self.updates(50), **{"compression.type": codec, "linger.ms": 50})
             bot = self.bot()
             self.assertEqual(bot.wait(), 1)
-            self.assertRegex(bot.log, "%s has messages compressed with %s.*compression.type" % (self.incoming, codec))
+            self.assertRegex(bot.log, "%s has messages compressed with %s.*compression.type"
+                             % (self.incoming, codec))
 
     # -- the group --
 
@@ -759,8 +834,9 @@ class TestKafka(KafkaCase):
         shares, seen, stop, threads = {}, collections.Counter(), threading.Event(), []
 
         def librdkafka():
-            consumer = self.consumer(self.group, **{"session.timeout.ms": 10000, "enable.auto.commit": True,
-                                                    "partition.assignment.strategy": "range"})
+            consumer = self.consumer(self.group,
+                                     **{"session.timeout.ms": 10000, "enable.auto.commit": True,
+                                        "partition.assignment.strategy": "range"})
             consumer.subscribe([self.incoming])
             while not stop.is_set():
                 record = consumer.poll(0.1)
@@ -770,8 +846,9 @@ class TestKafka(KafkaCase):
 
         def kafka_python():
             from kafka import KafkaConsumer
-            consumer = KafkaConsumer(self.incoming, bootstrap_servers=self.brokers, group_id=self.group,
-                                     auto_offset_reset="earliest", session_timeout_ms=10000)
+            consumer = KafkaConsumer(self.incoming, bootstrap_servers=self.brokers,
+                                     group_id=self.group, auto_offset_reset="earliest",
+                                     session_timeout_ms=10000)
             while not stop.is_set():
                 for records in consumer.poll(100).values():
                     seen.update(("kafka-python", record.value) for record in records)
@@ -796,8 +873,8 @@ class TestKafka(KafkaCase):
             for first in range(0, 600, 100):
                 self.write([dict(record, partition=number % 6)
                             for number, record in enumerate(self.updates(100, first=first))])
-                until(lambda: replies.read_some() * 0 + len(seen) + len(replies.texts) >= first + 100,
-                      "each message reaches one of them")
+                until(lambda: replies.read_some() * 0 + len(seen) + len(replies.texts) >= first
+                      + 100, "each message reaches one of them")
             self.assertEqual(bot.log.count("generation"), generations, "each keeps what it has")
             self.assertEqual(set(seen.values()) | set(replies.texts.values()), {1})
         finally:
@@ -878,7 +955,8 @@ class TestKafka(KafkaCase):
 
     def test_a_drain_hands_over_to_another_bot_and_is_undone(self):
         self.topics(incoming=4, outgoing=4)
-        sidecar = self.sidecar(QUIET_PERIOD_SECONDS=1)      # or the drain may be over between two updates
+        # Or the drain may be over between two updates.
+        sidecar = self.sidecar(QUIET_PERIOD_SECONDS=1)
         self.write(self.updates(3000))
         first = self.bot(SIDECAR_URL=sidecar.url)
         replies = Replies(self).read(100)
@@ -888,7 +966,8 @@ class TestKafka(KafkaCase):
         done = self.lag(4)
         second = self.bot()
         replies.read(3000)
-        self.assertEqual(replies.rest().texts, collections.Counter("Echo: m%d" % number for number in range(3000)))
+        self.assertEqual(replies.rest().texts,
+                         collections.Counter("Echo: m%d" % number for number in range(3000)))
         self.assertGreater(done, 0, "the drain came before the end")
         until(lambda: self.lag(4) == 0, "all is committed")
         self.end(first, second)
@@ -898,16 +977,20 @@ class TestKafka(KafkaCase):
         from unittest import mock
         import echo_bot
         source = self.source()[0]
-        with mock.patch.object(echo_bot, "METADATA_SECONDS", 0.5), self.assertLogs("echo_bot") as logs:
-            until(lambda: source.take() or "does not exist yet" in str(logs.output), "it says what is missing")
+        with mock.patch.object(echo_bot, "METADATA_SECONDS",
+                               0.5), self.assertLogs("echo_bot") as logs:
+            until(lambda: source.take() or "does not exist yet" in str(logs.output),
+                  "it says what is missing")
             self.topics(incoming=1, outgoing=1)
             self.write(self.updates(1))
             source.acknowledge(until(source.take, "an update of the new topic"))
             admin = self.admin()
             admin.create_partitions([NewPartitions(self.incoming, 3)])[self.incoming].result()
-            until(lambda: len(admin.list_topics(timeout=PATIENCE).topics[self.incoming].partitions) == 3, "it grows")
+            until(lambda: len(admin.list_topics(timeout=PATIENCE).topics[self.incoming].partitions)
+                  == 3, "it grows")
             self.write([dict(value=envelope(1), partition=2)])
-            self.assertEqual(until(source.take, "an update of the new partition").update["update_id"], 1)
+            self.assertEqual(
+                until(source.take, "an update of the new partition").update["update_id"], 1)
 
     def test_offsets_that_are_gone_start_anew_at_the_earliest(self):
         from confluent_kafka import TopicPartition
@@ -951,7 +1034,8 @@ class TestKafka(KafkaCase):
         self.node.proxy.spoil = None
         self.end(bot)
         self.assertGreater(len(cuts), 5)
-        self.assertEqual(set(replies.rest().texts.values()), {1}, "what was tried again counts once")
+        self.assertEqual(set(replies.rest().texts.values()), {1},
+                         "what was tried again counts once")
 
     def test_a_corrupt_batch_is_an_error_and_no_message(self):
         self.topics(incoming=1, outgoing=1)
@@ -999,9 +1083,10 @@ class TestKafka(KafkaCase):
 
     def secure(self, protocol, mechanism=None, password="PASSWORD-1", **env):
         if mechanism:
-            env.update(KAFKA_SASL_MECHANISM=mechanism, KAFKA_SASL_USERNAME="bot", KAFKA_SASL_PASSWORD=password)
-        settings = dict(KAFKA_BROKERS="localhost:%d" % self.node.ports[protocol], KAFKA_SECURITY_PROTOCOL=protocol,
-                        KAFKA_SSL_CAFILE=self.authority)
+            env.update(KAFKA_SASL_MECHANISM=mechanism, KAFKA_SASL_USERNAME="bot",
+                       KAFKA_SASL_PASSWORD=password)
+        settings = dict(KAFKA_BROKERS="localhost:%d" % self.node.ports[protocol],
+                        KAFKA_SECURITY_PROTOCOL=protocol, KAFKA_SSL_CAFILE=self.authority)
         settings.update(env)
         return self.bot(**settings)
 
@@ -1009,7 +1094,8 @@ class TestKafka(KafkaCase):
     def test_tls_and_logins(self):
         self.topics(incoming=1, outgoing=1)
         count = 0
-        for protocol, mechanism in (("SSL", None), ("SASL_PLAINTEXT", "PLAIN"), ("SASL_SSL", "SCRAM-SHA-256"),
+        for protocol, mechanism in (("SSL", None), ("SASL_PLAINTEXT", "PLAIN"),
+                                    ("SASL_SSL", "SCRAM-SHA-256"),
                                     ("SASL_PLAINTEXT", "SCRAM-SHA-512")):
             count += 1
             self.write(self.updates(1, first=count))
@@ -1021,24 +1107,29 @@ class TestKafka(KafkaCase):
 
     @needs("openssl", shutil.which("openssl"))
     def test_what_cannot_mend_itself_ends_with_one_line(self):
-        from confluent_kafka.admin import AclBinding, AclOperation, AclPermissionType, ResourcePatternType, ResourceType
+        from confluent_kafka.admin import (AclBinding, AclOperation, AclPermissionType,
+                                           ResourcePatternType, ResourceType)
         self.topics(incoming=1, outgoing=1, **{self.name + "-secret": 1})
         admin = self.admin()
-        for future in admin.create_acls([AclBinding(
-                ResourceType.TOPIC, self.name + "-secret", ResourcePatternType.LITERAL, "User:bot", "*",
-                AclOperation.READ, AclPermissionType.DENY)]).values():
+        denied = AclBinding(ResourceType.TOPIC, self.name + "-secret", ResourcePatternType.LITERAL,
+                            "User:bot", "*", AclOperation.READ, AclPermissionType.DENY)
+        for future in admin.create_acls([denied]).values():
             future.result()
         numeric = "127.0.0.1:%d" % self.node.ports["SSL"]
         bots = {
             "SASL_AUTHENTICATION_FAILED": [self.secure("SASL_SSL", mechanism, "PASSWORD-2")
-                                           for mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")],
-            "CERTIFICATE_VERIFY_FAILED": [self.secure("SSL", KAFKA_SSL_CAFILE=os.path.join(self.folder, "other.pem")),
-                                          self.secure("SSL", KAFKA_BROKERS=numeric)],
+                                           for mechanism in ("PLAIN", "SCRAM-SHA-256",
+                                                             "SCRAM-SHA-512")],
+            "CERTIFICATE_VERIFY_FAILED": [
+                self.secure("SSL", KAFKA_SSL_CAFILE=os.path.join(self.folder, "other.pem")),
+                self.secure("SSL", KAFKA_BROKERS=numeric)],
             "TOPIC_AUTHORIZATION_FAILED": [
                 self.secure("SASL_SSL", "PLAIN", KAFKA_INCOMING_TOPIC=self.name + "-secret")],
             "KAFKA_SECURITY_PROTOCOL": [self.secure("SSL", KAFKA_SECURITY_PROTOCOL="PLAINTEXT"),
-                                        self.secure("SASL_PLAINTEXT", KAFKA_SECURITY_PROTOCOL="PLAINTEXT"),
-                                        self.secure("SASL_SSL", "PLAIN", KAFKA_BROKERS=self.brokers)],
+                                        self.secure("SASL_PLAINTEXT",
+                                                    KAFKA_SECURITY_PROTOCOL="PLAINTEXT"),
+                                        self.secure("SASL_SSL", "PLAIN",
+                                                    KAFKA_BROKERS=self.brokers)],
             "no-such-host": [self.bot(KAFKA_BROKERS="no-such-host.invalid:9092")]}
         for words, ended in bots.items():
             for bot in ended:
@@ -1050,9 +1141,11 @@ class TestKafka(KafkaCase):
     # -- the runs of 10,000 --
 
     def run_updates(self, events, count=10000, exactly_once=True):
-        """Send updates over 6 partitions to three bots; events: {number of replies: function(list of running bots)}.
+        """Send updates over 6 partitions to three bots; events: {number of replies: function(list
+        of running bots)}.
 
-        Prints a line of the table; in the end every offset is committed, and each chat's replies are in order.
+        Prints a line of the table; in the end every offset is committed, and each chat's replies
+        are in order.
         """
         self.topics(incoming=6, outgoing=6)
         self.write(self.updates(count, chats=500))
@@ -1072,7 +1165,8 @@ class TestKafka(KafkaCase):
             self.assertEqual(set(replies.texts.values()), {1})
             chats = collections.defaultdict(list)
             for record in replies.records:
-                chats[record.key()].append(int(json.loads(record.value())["params"]["text"].split("m")[1]))
+                chats[record.key()].append(
+                    int(json.loads(record.value())["params"]["text"].split("m")[1]))
             for numbers in chats.values():
                 self.assertEqual(numbers, sorted(numbers), "a chat's replies are in order")
 
@@ -1090,14 +1184,17 @@ class TestKafka(KafkaCase):
         self.node.start()
 
     def test_run_with_a_bot_killed_one_stopped_and_one_started(self):
-        self.run_updates({2000: self.sigkill, 4000: self.sigterm, 5000: self.start}, exactly_once=False)
+        self.run_updates({2000: self.sigkill, 4000: self.sigterm, 5000: self.start},
+                         exactly_once=False)
 
     def test_run_with_bots_stopped_and_started(self):
-        self.run_updates({1500: self.sigterm, 3000: self.start, 4500: self.start, 6000: self.sigterm,
-                          7500: self.sigterm})
+        self.run_updates(
+            {1500: self.sigterm, 3000: self.start, 4500: self.start, 6000: self.sigterm,
+             7500: self.sigterm})
 
     def test_run_with_the_broker_restarted(self):
-        self.run_updates({1500: self.sigterm, 3000: self.restart_broker, 3001: self.start, 6000: self.sigterm})
+        self.run_updates(
+            {1500: self.sigterm, 3000: self.restart_broker, 3001: self.start, 6000: self.sigterm})
 
 
 @needs_kafka
@@ -1134,7 +1231,8 @@ class TestKafkaCluster(KafkaCase):
         started, bots = time.monotonic(), [self.bot(), self.bot()]
         replies = Replies(self).read(500)
         group = admin.describe_consumer_groups([self.group])[self.group].result()
-        victim = self.nodes[group.coordinator.id - 1]   # the coordinator, and a third of the leaders with it
+        # The coordinator, and a third of the leaders with it.
+        victim = self.nodes[group.coordinator.id - 1]
         victim.program.kill()
         replies.read(2000)
         victim.start()

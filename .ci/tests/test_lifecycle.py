@@ -17,24 +17,30 @@ from test_manifests import MANIFESTS_BUILD, environment, kustomize, pick
 
 
 class Pod:
-    """A pod as the kubelet runs it, with real processes; what it does is read from the built manifest.
+    """A pod as the kubelet runs it, with real processes; what it does is read from the built
+    manifest.
 
-    Two things stand in for the node: python3 and /app are this Python and this folder, and the sidecar's ports are free
-    ones of loopback, to which everything that names the manifest's ports is pointed.
+    Two things stand in for the node: python3 and /app are this Python and this folder, and the
+    sidecar's ports are free ones of loopback, to which everything that names the manifest's ports
+    is pointed.
     """
 
     def __init__(self, case, objects, worker=None, **env):
-        """objects: from kustomize(); worker: a command in place of the bot's; env: more variables for the bot."""
+        """objects: from kustomize(); worker: a command in place of the bot's; env: more variables
+        for the bot."""
         self.case, self.objects, self.worker, self.env = case, objects, worker, env
         self.spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
         self.programs, self.ports, self.events = {}, {}, []
 
     def start(self):
-        """Start the containers in the kubelet's order, and return self when each readiness probe has passed."""
+        """Start the containers in the kubelet's order, and return self when each readiness probe
+        has passed."""
         for container in self.spec.get("initContainers", []):
-            self.case.assertEqual(container.get("restartPolicy"), "Always", "nothing else would start before its end")
+            self.case.assertEqual(container.get("restartPolicy"), "Always",
+                                  "nothing else would start before its end")
             self._start(container)
-            until(lambda: self.probe(container["startupProbe"]) == 200)     # only then the next container starts
+            # Only then the next container starts.
+            until(lambda: self.probe(container["startupProbe"]) == 200)
         for container in self.spec["containers"]:
             self._start(container)
         for container in self._containers():
@@ -45,13 +51,15 @@ class Pod:
     def delete(self):
         """Delete the pod as the kubelet does, and return {container: exit status}.
 
-        The preStop hooks of all containers run at once, and each container gets SIGTERM after its own; but a native
-        sidecar (an init container) only when the ordinary ones are gone. terminationGracePeriodSeconds counts all of
-        it; when it is over, what still runs gets SIGTERM and two seconds, and then SIGKILL. (killContainer in the
-        kubelet's kuberuntime_container.go)
+        The preStop hooks of all containers run at once, and each container gets SIGTERM after its
+        own; but a native sidecar (an init container) only when the ordinary ones are gone.
+        terminationGracePeriodSeconds counts all of it; when it is over, what still runs gets
+        SIGTERM and two seconds, and then SIGKILL. (killContainer in the kubelet's
+        kuberuntime_container.go)
         """
         self.over_at = time.monotonic() + self.spec["terminationGracePeriodSeconds"]
-        ordinary = [threading.Thread(target=self._stop, args=(container, [])) for container in self.spec["containers"]]
+        ordinary = [threading.Thread(target=self._stop, args=(container, []))
+                    for container in self.spec["containers"]]
         native = [threading.Thread(target=self._stop, args=(container, ordinary))
                   for container in self.spec.get("initContainers", [])]
         for thread in ordinary + native:
@@ -62,14 +70,16 @@ class Pod:
 
     def url(self, port):
         """Return where a port, by its name or number in the manifest, really is."""
-        number, = [entry["containerPort"] for container in self._containers() for entry in container.get("ports", [])
+        number, = [entry["containerPort"] for container in self._containers()
+                   for entry in container.get("ports", [])
                    if port in (entry["name"], entry["containerPort"])]
         return "http://127.0.0.1:%d" % self.ports[number]
 
     def probe(self, probe):
         """Return the status of an httpGet probe, as the node asks it."""
         try:
-            return urllib.request.urlopen(self.url(probe["httpGet"]["port"]) + probe["httpGet"]["path"]).status
+            return urllib.request.urlopen(self.url(probe["httpGet"]["port"])
+                                          + probe["httpGet"]["path"]).status
         except urllib.error.HTTPError as error:
             return error.code
 
@@ -85,7 +95,8 @@ class Pod:
         return env
 
     def _command(self, command):
-        return [sys.executable if part == "python3" else part.replace("/app", HERE) for part in command]
+        return [sys.executable if part == "python3" else part.replace("/app", HERE)
+                for part in command]
 
     def _start(self, container):
         command, env = self._command(container["command"]), self._environment(container)
@@ -104,7 +115,8 @@ class Pod:
         name = container["name"]
         hook = container.get("lifecycle", {}).get("preStop")
         if hook:
-            hook = self.case.program(*self._command(hook["exec"]["command"]), env=self._environment(container))
+            hook = self.case.program(*self._command(hook["exec"]["command"]),
+                                     env=self._environment(container))
             if not self._ends(hook):
                 hook.kill()
             self.events.append("%s's preStop hook ended" % name)
@@ -118,7 +130,8 @@ class Pod:
         self.events.append("%s ended" % name)
 
     def _ends(self, program, at_least=0):
-        """Wait for the end of a process, until the pod's grace period is over; return whether it came."""
+        """Wait for the end of a process, until the pod's grace period is over; return whether it
+        came."""
         try:
             program.wait(max(self.over_at - time.monotonic(), at_least))
             return True
@@ -127,10 +140,12 @@ class Pod:
 
 
 class Queue(socketserver.ThreadingTCPServer):
-    """A stream of numbers with at-least-once delivery: what a worker took and did not acknowledge is delivered again.
+    """A stream of numbers with at-least-once delivery: what a worker took and did not acknowledge
+    is delivered again.
 
-    A worker sends a line and gets a line: "take" gets a message, or "none"; "answer" is what the message's sender sees;
-    "ack" ends the message. A connection that closes gives its message back. `last`: the number that ends the stream.
+    A worker sends a line and gets a line: "take" gets a message, or "none"; "answer" is what the
+    message's sender sees; "ack" ends the message. A connection that closes gives its message back.
+    `last`: the number that ends the stream.
     """
     daemon_threads = True
 
@@ -176,8 +191,9 @@ class Queue(socketserver.ThreadingTCPServer):
                 raise AssertionError("%d answered, %d left" % (len(self.answers), len(self.left)))
 
 
-# A worker with no signal handler, and only the README's Python client. The sender sees the answer when the work begins;
-# so a worker that is killed during the 300 ms after it has done work that will be done again.
+# A worker with no signal handler, and only the README's Python client. The sender sees the answer
+# when the work begins; so a worker that is killed during the 300 ms after it has done work that
+# will be done again.
 QUEUE_WORKER = """
 import os, socket, sys, time
 from echo_bot import Sidecar
@@ -206,7 +222,8 @@ while True:
 
 @needs("kubectl, or the Python package PyYAML", MANIFESTS_BUILD)
 class TestLifecycle(Case):
-    """What the kubelet does to a pod, played through with the manifest as it is, and with a piece taken out."""
+    """What the kubelet does to a pod, played through with the manifest as it is, and with a piece
+    taken out."""
 
     def setUp(self):
         self.objects = kustomize()
@@ -223,7 +240,8 @@ class TestLifecycle(Case):
                    QUEUE_PORT=self.queue.server_address[1], **env).start()
 
     def answered_twice(self, objects):
-        """Scale 0 -> 3 -> 1 -> 0 -> 1 in the middle of the stream; return how many messages were answered twice."""
+        """Scale 0 -> 3 -> 1 -> 0 -> 1 in the middle of the stream; return how many messages were
+        answered twice."""
         pods = [self.pod(objects) for _ in range(3)]
         for removed in pods[:2], pods[2:]:
             answered = len(self.queue.answers) + 6
@@ -235,7 +253,8 @@ class TestLifecycle(Case):
         self.pod(objects)
         with self.queue.changed:
             self.queue.last = self.queue.sent + 6
-        self.queue.wait_for(lambda: len(self.queue.answers) == self.queue.last and not self.queue.left)
+        self.queue.wait_for(lambda: len(self.queue.answers) == self.queue.last
+                            and not self.queue.left)
         return sum(1 for count in self.queue.answers.values() if count > 1)
 
     def test_no_message_twice_with_the_manifest(self):
@@ -272,7 +291,8 @@ class TestLifecycle(Case):
         self.queue.wait_for(lambda: self.queue.answers)
         statuses = pod.delete()
         self.assertEqual(pod.events, [
-            "sidecar started", "bot started", "bot's preStop hook ended", "bot got SIGTERM", "bot ended",
+            "sidecar started", "bot started", "bot's preStop hook ended", "bot got SIGTERM",
+            "bot ended",
             "sidecar got SIGTERM", "sidecar ended"])
         self.assertEqual(statuses, {"sidecar": 0, "bot": -signal.SIGTERM})
         self.assertFalse(self.queue.left)
@@ -291,16 +311,20 @@ class TestLifecycle(Case):
         removal.join()
 
     def test_request_that_never_ends(self):
-        """With every second of the manifest made a tenth: the hook gives up, then the pod's own time is over."""
+        """With every second of the manifest made a tenth: the hook gives up, then the pod's own
+        time is over."""
         self.spec["terminationGracePeriodSeconds"] /= 10
         for variable in self.spec["initContainers"][0]["env"]:
             variable["value"] = str(float(variable["value"]) / 10)
-        worker = ("import signal, time; from echo_bot import Sidecar; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                  "with Sidecar().track(): print('stuck', flush=True); time.sleep(%d)" % PATIENCE)
+        worker = (
+            "import signal, time; from echo_bot import Sidecar; signal.signal(signal.SIGTERM, "
+            "signal.SIG_IGN)\n"
+            "with Sidecar().track(): print('stuck', flush=True); time.sleep(%d)" % PATIENCE)
         pod = Pod(self, self.objects, [sys.executable, "-c", worker]).start()
         pod.programs["bot"].wait_for("stuck")
         self.assertEqual(pod.delete(), {"sidecar": 1, "bot": -signal.SIGKILL})
-        self.assertLess(pod.events.index("bot's preStop hook ended"), pod.events.index("bot got SIGTERM"))
+        self.assertLess(pod.events.index("bot's preStop hook ended"),
+                        pod.events.index("bot got SIGTERM"))
         pod.programs["sidecar"].wait_for("still active")
 
 
@@ -342,7 +366,8 @@ class TestLifecycleOnKafka(KafkaCase):
         over.set()
         streaming.join()
         replies.read(len(sent)).rest()
-        self.assertEqual(replies.texts, collections.Counter("Echo: m%d" % number for number in range(len(sent))))
+        self.assertEqual(replies.texts,
+                         collections.Counter("Echo: m%d" % number for number in range(len(sent))))
         until(lambda: self.lag(6) == 0, "every offset is committed")
 
 

@@ -16,7 +16,8 @@ import sidecar as sidecar_module      # `sidecar` is what the tests call a runni
 
 
 def read_answers(connection):
-    """Return [(status, body), ...] as http.client reads them, all up to the end of the connection."""
+    """Return [(status, body), ...] as http.client reads them, all up to the end of the
+    connection."""
     pieces, answers = [b""], []
     try:
         pieces.extend(iter(lambda: connection.recv(1 << 18), b""))
@@ -40,8 +41,10 @@ class TestLoad(Case):
     PAIRS, CLIENTS = 200000, 64
 
     def test_many_clients_with_retries(self):
-        """Pairs of start and end from 64 keep-alive connections, pipelined; any of them may come twice, as after a time-out."""
-        sidecar = self.sidecar(constants={"REMEMBERED": self.PAIRS})       # all ends: a retry may be late here
+        """Pairs of start and end from 64 keep-alive connections, pipelined; any of them may come
+        twice, as after a time-out."""
+        # All ends: a retry may be late here.
+        sidecar = self.sidecar(constants={"REMEMBERED": self.PAIRS})
         pairs = int(self.PAIRS * SCALE) // self.CLIENTS
 
         def client(number):
@@ -51,7 +54,8 @@ class TestLoad(Case):
                     requests = []
                     for turn in range(first, min(first + 50, pairs)):
                         for path in ("start", "end"):
-                            request = b"POST /%s-request?id=%d-%d HTTP/1.1\r\n\r\n" % (path.encode(), number, turn)
+                            request = b"POST /%s-request?id=%d-%d HTTP/1.1\r\n\r\n" % (
+                                path.encode(), number, turn)
                             requests += [request] * choice.choice((1, 1, 1, 2, 3))
                     connection.sendall(b"".join(requests))
                     received = b""
@@ -64,11 +68,13 @@ class TestLoad(Case):
         in_threads(self.CLIENTS, client)
         self.assertEqual(sidecar.active(), 0)
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], pairs * self.CLIENTS)
-        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), pairs * self.CLIENTS)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"),
+                         pairs * self.CLIENTS)
         self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
 
     def test_threads_on_the_tracker(self):
-        """The same without HTTP, so that the threads meet in the tracker far more often; a third has no id."""
+        """The same without HTTP, so that the threads meet in the tracker far more often; a third
+        has no id."""
         silent = logging.NullHandler()
         sidecar_module.log.addHandler(silent)
         self.addCleanup(sidecar_module.log.removeHandler, silent)
@@ -94,30 +100,41 @@ class TestLoad(Case):
 
         in_threads(self.CLIENTS, client)
         snapshot = tracker.snapshot()
-        self.assertEqual((snapshot["active_requests"], snapshot["total_requests"], sum(snapshot["duration_counts"]),
-                          snapshot["unmatched_ends"]), (0, pairs * self.CLIENTS, pairs * self.CLIENTS, 0))
+        self.assertEqual((snapshot["active_requests"], snapshot["total_requests"],
+                          sum(snapshot["duration_counts"]), snapshot["unmatched_ends"]),
+                         (0, pairs * self.CLIENTS, pairs * self.CLIENTS, 0))
 
 
 class TestFuzz(Case):
-    """Mutated requests: no traceback, no hang, no lost count, no growth; and every answer is one that http.client reads."""
+    """Mutated requests: no traceback, no hang, no lost count, no growth; and every answer is one
+    that http.client reads."""
 
     REQUESTS = 100000
     SEEDS = [
-        b"POST /start-request?id=%(id)s HTTP/1.1\r\nHost: localhost:8081\r\nUser-Agent: fuzz\r\n\r\n",
+        b"POST /start-request?id=%(id)s HTTP/1.1\r\nHost: localhost:8081\r\nUser-Agent: "
+        b"fuzz\r\n\r\n",
         b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
-        b"POST /start-request?id=%(id)s&x=1 HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n1\r\n!\r\n0\r\nT: x\r\n\r\n",
-        b"POST /end-request?duration=1m2.5s HTTP/1.1\r\nAccept: */*\r\nConnection: keep-alive\r\n\r\n",
-        b"POST /end-request?id=%(id)s&duration=150%%C2%%B5s HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
-        b"POST /end-request?id=%(id)s&duration=5.1e-05s HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
-        b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text;version=1.0.0\r\nAccept-Encoding: gzip\r\n\r\n",
+        b"POST /start-request?id=%(id)s&x=1 HTTP/1.1\r\nTransfer-Encoding: "
+        b"chunked\r\n\r\n5;a=b\r\nhello\r\n1\r\n!\r\n0\r\nT: x\r\n\r\n",
+        b"POST /end-request?duration=1m2.5s HTTP/1.1\r\nAccept: */*\r\nConnection: "
+        b"keep-alive\r\n\r\n",
+        b"POST /end-request?id=%(id)s&duration=150%%C2%%B5s HTTP/1.0\r\nContent-Type: "
+        b"application/json\r\nContent-Length: 2\r\n\r\n{}",
+        b"POST /end-request?id=%(id)s&duration=5.1e-05s HTTP/1.1\r\nExpect: "
+        b"100-continue\r\nContent-Length: 2\r\n\r\n{}",
+        b"GET /metrics HTTP/1.1\r\nAccept: "
+        b"application/openmetrics-text;version=1.0.0\r\nAccept-Encoding: gzip\r\n\r\n",
         b"GET /requests HTTP/1.1\r\n\r\n",
         b"GET http://localhost:8081/ready?x=%%00 HTTP/1.1\r\nOrigin: http://[::1]:8081\r\n\r\n",
         b"POST /reset HTTP/1.1\r\n\r\n",
     ]
-    TOKENS = [b"\r\n", b"\n", b"\r", b"\x00", b" ", b":", b"%", b"%ff", b"?", b"&", b"=", b";", b"#", b"\xff\xfe", b"\xc2\xb5", b"-1",
-              b"0", b"99999999999999999999", b"0x10", b"GET ", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/9.9", b"Content-Length: 3\r\n",
-              b"Content-Length: 70000\r\n", b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: identity\r\n", b"Expect: 100-continue\r\n",
-              b"Connection: close\r\n", b" folded\r\n", b"x" * 9000, b"A: b\r\n" * 3000, b"\t", b"[", b"duration=", b"nan", b"\x1b[2J", b"\x85"]
+    TOKENS = [b"\r\n", b"\n", b"\r", b"\x00", b" ", b":", b"%", b"%ff", b"?", b"&", b"=", b";",
+              b"#", b"\xff\xfe", b"\xc2\xb5", b"-1", b"0", b"99999999999999999999", b"0x10",
+              b"GET ", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/9.9", b"Content-Length: 3\r\n",
+              b"Content-Length: 70000\r\n", b"Transfer-Encoding: chunked\r\n",
+              b"Transfer-Encoding: identity\r\n", b"Expect: 100-continue\r\n",
+              b"Connection: close\r\n", b" folded\r\n", b"x" * 9000, b"A: b\r\n" * 3000, b"\t",
+              b"[", b"duration=", b"nan", b"\x1b[2J", b"\x85"]
 
     def mutated(self, choice, number):
         data = bytearray(choice.choice(self.SEEDS) % {b"id": b"fuzz-%d-%d" % (number, number)})
@@ -130,11 +147,13 @@ class TestFuzz(Case):
             elif kind == 2:
                 data[at:at] = data[at:at + 20]
             else:
-                data[at:at + choice.choice((0, 0, 1, 5))] = choice.choice(self.TOKENS[:-1] if kind == 5 else self.TOKENS[:20])
+                data[at:at + choice.choice((0, 0, 1, 5))] = choice.choice(
+                    self.TOKENS[:-1] if kind == 5 else self.TOKENS[:20])
         return bytes(data)
 
     def check(self, answers):
-        """Take note of the answers of one connection; each is well-formed, and an error is told in JSON."""
+        """Take note of the answers of one connection; each is well-formed, and an error is told in
+        JSON."""
         for status, body in answers:
             self.statuses[status] = self.statuses.get(status, 0) + 1
             if status == 200 and b'"request_id": "' in body and body[:1] == b"{":
@@ -144,7 +163,8 @@ class TestFuzz(Case):
                 self.assertIn("error", json.loads(body.decode()))
 
     def exchange(self, sidecar, pieces_of):
-        """Send each list of pieces over a connection of its own, all of them piece by piece at once; check the answers."""
+        """Send each list of pieces over a connection of its own, all of them piece by piece at
+        once; check the answers."""
         connections = [sidecar.raw(b"") for _ in pieces_of]
         for connection in connections:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -153,7 +173,7 @@ class TestFuzz(Case):
                 if piece:
                     try:
                         connection.sendall(piece)
-                    except OSError:                         # answered and closed already: an error was in the first piece
+                    except OSError:   # answered and closed already: an error was in the first piece
                         pass
         answers = []
         for connection in connections:
@@ -170,10 +190,12 @@ class TestFuzz(Case):
         self.statuses, self.started = {}, []
 
     def settled(self, sidecar):
-        """Return its memory, once nothing of a connection is left: no socket, and no thread but the spare ones."""
+        """Return its memory, once nothing of a connection is left: no socket, and no thread but the
+        spare ones."""
         def alone():
             memory, threads, sockets = figures(sidecar.process.pid)
-            return memory if threads <= 4 + 2 * sidecar_module.SPARE_THREADS and sockets == 2 else None
+            spare = threads <= 4 + 2 * sidecar_module.SPARE_THREADS
+            return memory if spare and sockets == 2 else None
         return until(alone, "an end of all connections")
 
     def test_mutated_requests(self):
@@ -182,11 +204,12 @@ class TestFuzz(Case):
         choice = random.Random(8)
         while number < total:
             batch = []
-            for _ in range(32):                             # each connection: three requests, in up to four pieces
+            for _ in range(32):              # each connection: three requests, in up to four pieces
                 data = b"".join(self.mutated(choice, number + turn) for turn in range(3))
                 number += 3
                 cuts = sorted(choice.randrange(len(data) + 1) for _ in range(choice.randrange(4)))
-                batch.append([data[start:end] for start, end in zip([0] + cuts, cuts + [len(data)])])
+                batch.append(
+                    [data[start:end] for start, end in zip([0] + cuts, cuts + [len(data)])])
             self.exchange(sidecar, batch)
             if before is None and number > total // 4:
                 sidecar.post("/reset")
@@ -201,14 +224,17 @@ class TestFuzz(Case):
         self.assertEqual(sidecar.active(), 0)
         self.assertEqual(sidecar.get("/health")[0], 200)
         metrics = sidecar.get("/metrics")[1]
-        self.assertLessEqual(len(set(self.started)), metrics["total_requests"])     # an id may have come twice
+        # An id may have come twice.
+        self.assertLessEqual(len(set(self.started)), metrics["total_requests"])
         self.assertLessEqual(metrics["total_requests"], len(self.started))
         ended = sidecar.sample("sidecar_request_duration_seconds_count")
-        self.assertLessEqual(metrics["total_requests"] - metrics["expired_requests"], ended)    # late ends are in both
+        # Late ends are in both.
+        self.assertLessEqual(metrics["total_requests"] - metrics["expired_requests"], ended)
         sidecar.post("/start-request")
         self.assertEqual(sidecar.post("/end-request")[1]["active_requests"], 0)
         for line in sidecar.lines:
-            self.assertRegex(line, "^[-0-9]{10}T[:0-9]{8}Z (INFO (listening|signal)|WARNING request given up) ")
+            self.assertRegex(
+                line, "^[-0-9]{10}T[:0-9]{8}Z (INFO (listening|signal)|WARNING request given up) ")
 
     def test_pieces_cut_at_every_byte(self):
         sidecar = self.sidecar()

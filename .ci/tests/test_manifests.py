@@ -11,15 +11,19 @@ import unittest
 from support import CACHE, HERE, Case, needs, run
 
 MANIFESTS = os.path.join(HERE, "manifests")
-KUSTOMIZE = ["kubectl", "kustomize"] if shutil.which("kubectl") else [os.path.join(CACHE, "bin", "kustomize"), "build"]
+KUSTOMIZE = ["kubectl", "kustomize"] if shutil.which("kubectl") else [
+    os.path.join(CACHE, "bin", "kustomize"), "build"]
 MANIFESTS_BUILD = shutil.which(KUSTOMIZE[0]) and importlib.util.find_spec("yaml")
 VALIDATE = MANIFESTS_BUILD and importlib.util.find_spec("kubernetes_validate")
-TYPES = MANIFESTS_BUILD and os.path.exists(os.path.join(CACHE, "node_modules", "@kubernetes-models", "keda"))
-OPERATORS = {"keda.sh": "keda", "monitoring.coreos.com": "prometheus-operator"}     # API groups and their npm packages
+TYPES = MANIFESTS_BUILD and os.path.exists(
+    os.path.join(CACHE, "node_modules", "@kubernetes-models", "keda"))
+# API groups and their npm packages.
+OPERATORS = {"keda.sh": "keda", "monitoring.coreos.com": "prometheus-operator"}
 
 
 def kustomize(folder="", components=()):
-    """Return the objects that `kubectl apply -k manifests/folder` would send, right after the README's `cp`.
+    """Return the objects that `kubectl apply -k manifests/folder` would send, right after the
+    README's `cp`.
 
     components: the overlays to switch on first, by uncommenting their lines.
     """
@@ -32,7 +36,8 @@ def kustomize(folder="", components=()):
             path = os.path.join(copy, "kustomization.yaml")
             with open(path) as file:
                 text = file.read()
-            for line in ("components:",) + tuple("  - overlays/" + component for component in components):
+            for line in ("components:",) + tuple("  - overlays/" + component
+                                                 for component in components):
                 text = re.sub("^#(?=%s)" % line, "", text, flags=re.MULTILINE)
             with open(path, "w") as file:
                 file.write(text)
@@ -48,7 +53,8 @@ def pick(objects, kind):
 def containers(objects):
     """Return {name: container} of the Deployment, init containers and ordinary ones alike."""
     spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
-    return {container["name"]: container for container in spec.get("initContainers", []) + spec["containers"]}
+    return {container["name"]: container
+            for container in spec.get("initContainers", []) + spec["containers"]}
 
 
 def environment(container, objects):
@@ -80,21 +86,27 @@ class TestManifests(Case):
     def test_sidecar_is_native_and_starts_first(self):
         self.assertEqual(self.sidecar["restartPolicy"], "Always")
         self.assertEqual(self.sidecar["startupProbe"]["httpGet"]["path"], "/health")
-        self.assertNotIn("replicas", pick(self.objects, "Deployment")["spec"], "KEDA's, and would be reset by an apply")
+        self.assertNotIn("replicas", pick(self.objects, "Deployment")["spec"],
+                         "KEDA's, and would be reset by an apply")
 
     def test_preStop_hook_drains(self):
-        self.assertEqual(self.bot["lifecycle"]["preStop"]["exec"]["command"], ["python3", "/app/sidecar.py", "drain"])
+        self.assertEqual(self.bot["lifecycle"]["preStop"]["exec"]["command"],
+                         ["python3", "/app/sidecar.py", "drain"])
         self.assertNotIn("lifecycle", self.sidecar)
 
     def test_grace_period_is_the_sum_in_the_comment(self):
         seconds = self.spec["terminationGracePeriodSeconds"]
         with open(os.path.join(MANIFESTS, "deployment.yaml")) as file:
-            comment = re.search(r"# (\d+) s = (\d+) GRACE_PERIOD_SECONDS.*\n((?: +# +\+.*\n)+)", file.read())
-        parts = [int(comment.group(2))] + [int(part) for part in re.findall(r"\+ +(\d+)", comment.group(3))]
+            comment = re.search(r"# (\d+) s = (\d+) GRACE_PERIOD_SECONDS.*\n((?: +# +\+.*\n)+)",
+                                file.read())
+        parts = [int(comment.group(2))] + [int(part)
+                                           for part in re.findall(r"\+ +(\d+)", comment.group(3))]
         self.assertEqual(seconds, int(comment.group(1)))
         self.assertEqual(seconds, sum(parts))
-        self.assertEqual(str(parts[0]), environment(self.sidecar, self.objects)["GRACE_PERIOD_SECONDS"])
-        self.assertGreater(float(environment(self.sidecar, self.objects)["QUIET_PERIOD_SECONDS"]), 0)
+        self.assertEqual(str(parts[0]),
+                         environment(self.sidecar, self.objects)["GRACE_PERIOD_SECONDS"])
+        self.assertGreater(float(environment(self.sidecar, self.objects)["QUIET_PERIOD_SECONDS"]),
+                           0)
 
     def test_ports_and_probes_are_the_sidecars(self):
         import sidecar
@@ -105,8 +117,10 @@ class TestManifests(Case):
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             self.assertEqual(self.sidecar[name]["httpGet"]["port"], "http")
             paths[name] = self.sidecar[name]["httpGet"]["path"]
-        self.assertEqual(paths, {"startupProbe": "/health", "readinessProbe": "/ready", "livenessProbe": "/health"})
-        self.assertEqual(environment(self.bot, self.objects)["SIDECAR_URL"], "http://127.0.0.1:%d" % defaults.port)
+        self.assertEqual(paths, {"startupProbe": "/health", "readinessProbe": "/ready",
+                                 "livenessProbe": "/health"})
+        self.assertEqual(environment(self.bot, self.objects)["SIDECAR_URL"],
+                         "http://127.0.0.1:%d" % defaults.port)
 
     def test_variables_are_known_to_the_programs(self):
         for objects in self.objects, kustomize(components=self.OVERLAYS):
@@ -114,7 +128,8 @@ class TestManifests(Case):
                 with open(os.path.join(HERE, program), encoding="utf-8") as file:
                     text = file.read()
                 for variable in environment(containers(objects)[name], objects):
-                    self.assertTrue(re.search(r"\b%s\b" % variable, text), "%s: unknown to %s" % (variable, program))
+                    self.assertTrue(re.search(r"\b%s\b" % variable, text),
+                                    "%s: unknown to %s" % (variable, program))
 
     def test_token_is_in_the_secret_only(self):
         secret = pick(self.objects, "Secret")
@@ -133,12 +148,14 @@ class TestManifests(Case):
             self.assertEqual(spec["securityContext"]["seccompProfile"], {"type": "RuntimeDefault"})
             self.assertFalse({"hostNetwork", "hostPID", "hostIPC"} & set(spec))
             for volume in spec.get("volumes", []):
-                self.assertLessEqual(set(volume), {"name", "configMap", "secret", "emptyDir", "projected"})
+                self.assertLessEqual(set(volume),
+                                     {"name", "configMap", "secret", "emptyDir", "projected"})
             for container in containers(objects).values():
                 self.assertEqual(container["securityContext"],
                                  {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
                                   "capabilities": {"drop": ["ALL"]}})
-                self.assertFalse([port for port in container.get("ports", []) if "hostPort" in port])
+                self.assertFalse(
+                    [port for port in container.get("ports", []) if "hostPort" in port])
                 self.assertEqual(set(container["resources"]), {"requests", "limits"})
             self.assertIs(spec["automountServiceAccountToken"], False)
             self.assertIs(spec["enableServiceLinks"], False)
@@ -147,10 +164,11 @@ class TestManifests(Case):
         policy = pick(self.objects, "NetworkPolicy")["spec"]
         self.assertEqual(policy["policyTypes"], ["Ingress"])
         rule, = policy["ingress"]
-        metrics, = [port["containerPort"] for port in self.sidecar["ports"] if port["name"] == "metrics"]
+        metrics, = [port["containerPort"] for port in self.sidecar["ports"]
+                    if port["name"] == "metrics"]
         self.assertEqual(rule["ports"], [{"port": metrics, "protocol": "TCP"}])
-        self.assertEqual(rule["from"], [{"namespaceSelector": {"matchLabels":
-                                                               {"kubernetes.io/metadata.name": "monitoring"}}}])
+        monitoring = {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
+        self.assertEqual(rule["from"], [{"namespaceSelector": monitoring}])
 
     def test_disruption_budget_never_blocks_a_drain(self):
         budget = pick(self.objects, "PodDisruptionBudget")["spec"]
@@ -160,14 +178,18 @@ class TestManifests(Case):
 
     def test_every_selector_finds_the_pods(self):
         template = pick(self.objects, "Deployment")["spec"]["template"]
-        for selector in [pick(self.objects, kind)["spec"][name] for kind, name in (
-                ("Deployment", "selector"), ("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector"))] + [
-                pick(kustomize("monitoring"), "PodMonitor")["spec"]["selector"]]:
-            self.assertLessEqual(set(selector["matchLabels"].items()), set(template["metadata"]["labels"].items()))
+        selectors = [pick(self.objects, kind)["spec"][name] for kind, name in (
+            ("Deployment", "selector"), ("PodDisruptionBudget", "selector"),
+            ("NetworkPolicy", "podSelector"))]
+        selectors.append(pick(kustomize("monitoring"), "PodMonitor")["spec"]["selector"])
+        for selector in selectors:
+            self.assertLessEqual(set(selector["matchLabels"].items()),
+                                 set(template["metadata"]["labels"].items()))
 
     def test_lag_alone_scales(self):
         scaled = pick(self.objects, "ScaledObject")["spec"]
-        self.assertEqual(scaled["scaleTargetRef"]["name"], pick(self.objects, "Deployment")["metadata"]["name"])
+        self.assertEqual(scaled["scaleTargetRef"]["name"],
+                         pick(self.objects, "Deployment")["metadata"]["name"])
         self.assertEqual((scaled["minReplicaCount"], scaled["maxReplicaCount"]), (0, 5))
         trigger, = scaled["triggers"]
         settings = trigger["metadata"]
@@ -190,7 +212,8 @@ class TestManifests(Case):
         self.assertEqual(sidecar, expected)
         variables = environment(sidecar, objects)
         self.assertEqual(variables["QUIET_PERIOD_SECONDS"], "5")
-        self.assertEqual(dict(variables, QUIET_PERIOD_SECONDS="1"), environment(self.sidecar, self.objects))
+        self.assertEqual(dict(variables, QUIET_PERIOD_SECONDS="1"),
+                         environment(self.sidecar, self.objects))
 
     def test_with_sasl_KEDA_logs_in_as_the_bot_does(self):
         objects = kustomize(components=["kafka-sasl"])
@@ -204,8 +227,9 @@ class TestManifests(Case):
         volume, = pick(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
         mount, = containers(objects)["bot"]["volumeMounts"]
         ca, = login["spec"]["secretTargetRef"]
-        self.assertEqual((volume["secret"]["secretName"], os.path.join(mount["mountPath"], ca["key"])),
-                         (ca["name"], variables["KAFKA_SSL_CAFILE"]))
+        self.assertEqual(
+            (volume["secret"]["secretName"], os.path.join(mount["mountPath"], ca["key"])),
+            (ca["name"], variables["KAFKA_SSL_CAFILE"]))
 
 
 @needs("kubectl, or the Python package kubernetes-validate", VALIDATE)
@@ -245,12 +269,14 @@ class TestKubernetesSchemas(Case):
 
 @needs("kubectl, Node.js, or the npm packages @kubernetes-models and typescript", TYPES)
 class TestOperatorTypes(Case):
-    """KEDA's and the Prometheus operator's published types: TypeScript refuses unknown fields, validate() the rest."""
+    """KEDA's and the Prometheus operator's published types: TypeScript refuses unknown fields,
+    validate() the rest."""
 
     def test_every_object(self):
         objects = kustomize(components=["kafka-sasl"]) + kustomize("monitoring")
         kinds = [thing["kind"] for thing in objects if self.check(thing)]
-        self.assertEqual(sorted(kinds), ["PodMonitor", "PrometheusRule", "ScaledObject", "TriggerAuthentication"])
+        self.assertEqual(sorted(kinds),
+                         ["PodMonitor", "PrometheusRule", "ScaledObject", "TriggerAuthentication"])
 
     def test_wrong_objects_are_refused(self):
         def scaled_object(change):
@@ -260,9 +286,11 @@ class TestOperatorTypes(Case):
 
         for thing in (scaled_object(lambda spec: spec.update(minReplicas=0)),
                       scaled_object(lambda spec: spec.update(minReplicaCount="0")),
-                      scaled_object(lambda spec: spec["triggers"][0]["metadata"].update(lagThreshold=5)),
-                      scaled_object(lambda spec: spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
-                                    ["scaleDown"].update(stabilisationWindowSeconds=1))):
+                      scaled_object(
+                          lambda spec: spec["triggers"][0]["metadata"].update(lagThreshold=5)),
+                      scaled_object(
+                          lambda spec: spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+                          ["scaleDown"].update(stabilisationWindowSeconds=1))):
             with self.assertRaises(AssertionError):
                 self.check(thing)
         rule = pick(kustomize("monitoring"), "PrometheusRule")
@@ -271,7 +299,8 @@ class TestOperatorTypes(Case):
             self.check(rule)
 
     def check(self, thing):
-        """Return whether the object is of an operator's kind. AssertionError where the operator would refuse it."""
+        """Return whether the object is of an operator's kind. AssertionError where the operator
+        would refuse it."""
         group, _, version = thing["apiVersion"].partition("/")
         if group not in OPERATORS:
             return False
@@ -281,9 +310,11 @@ class TestOperatorTypes(Case):
             with open(path, "w") as file:
                 file.write("import { %s, I%s } from '@kubernetes-models/%s/%s/%s/%s';\n"
                            % (kind, kind, OPERATORS[group], group, version, kind)
-                           + "const thing: I%s = %s;\nnew %s(thing).validate();\n" % (kind, json.dumps(thing), kind))
-            run("node", os.path.join(CACHE, "node_modules", "typescript", "bin", "tsc"), "--strict", "--skipLibCheck",
-                "--noEmitOnError", "--target", "es2022", "--module", "nodenext", path)
+                           + "const thing: I%s = %s;\nnew %s(thing).validate();\n"
+                           % (kind, json.dumps(thing), kind))
+            run("node", os.path.join(CACHE, "node_modules", "typescript", "bin", "tsc"), "--strict",
+                "--skipLibCheck", "--noEmitOnError", "--target", "es2022", "--module", "nodenext",
+                path)
             run("node", os.path.join(folder, "thing.mjs"))
         return True
 
@@ -293,7 +324,8 @@ PROMTOOL = MANIFESTS_BUILD and shutil.which("promtool")
 
 @needs("promtool", PROMTOOL)
 class TestAlerts(Case):
-    """Each alert, evaluated by promtool over a made-up past of one pod: when it is quiet, and when it fires."""
+    """Each alert, evaluated by promtool over a made-up past of one pod: when it is quiet, and when
+    it fires."""
 
     LABELS = 'namespace="telegram-serverless", pod="bot-echo-1"'
     SCRAPE = 5          # seconds between two samples, as the PodMonitor says
@@ -311,59 +343,71 @@ class TestAlerts(Case):
         return file.name
 
     def check(self, alert, series, quiet=(), firing=()):
-        """series: {metric: promtool's notation of its samples}; quiet, firing: seconds at which to look."""
+        """series: {metric: promtool's notation of its samples}; quiet, firing: seconds at which to
+        look."""
         def samples(at):
-            return {"expr": 'count(ALERTS{alertname="%s", alertstate="firing"}) or vector(0)' % alert,
-                    "eval_time": "%ds" % at, "exp_samples": [{"labels": "{}", "value": int(at in firing)}]}
-        self.assertIn(alert, [rule["alert"] for group in self.rules["groups"] for rule in group["rules"]])
+            return {"expr": 'count(ALERTS{alertname="%s", alertstate="firing"}) or vector(0)'
+                    % alert, "eval_time": "%ds" % at,
+                    "exp_samples": [{"labels": "{}", "value": int(at in firing)}]}
+        self.assertIn(alert,
+                      [rule["alert"] for group in self.rules["groups"] for rule in group["rules"]])
         run("promtool", "test", "rules", self.write("test.json", {
             "rule_files": ["rules.json"], "evaluation_interval": "%ds" % self.SCRAPE, "tests": [{
                 "interval": "%ds" % self.SCRAPE,
-                "input_series": [{"series": name[:-1] + ", " * (name[-2] != "{") + self.LABELS + "}", "values": values}
+                "input_series": [{"series": name[:-1] + ", " * (name[-2] != "{") + self.LABELS
+                                  + "}", "values": values}
                                  for name, values in series.items()],
                 "promql_expr_test": [samples(at) for at in sorted(set(quiet) | set(firing))]}]}))
 
     def test_stuck_request(self):
         grace = {"sidecar_grace_period_seconds{}": "30x60"}
-        self.check("SidecarRequestStuck", dict(grace, **{"sidecar_oldest_request_age_seconds{}": "0+5x60"}),
+        self.check("SidecarRequestStuck",
+                   dict(grace, **{"sidecar_oldest_request_age_seconds{}": "0+5x60"}),
                    quiet=[30, 80], firing=[120, 300])
-        self.check("SidecarRequestStuck", dict(grace, **{"sidecar_oldest_request_age_seconds{}": "0+5x5 0+5x5 0x48"}),
+        self.check("SidecarRequestStuck",
+                   dict(grace, **{"sidecar_oldest_request_age_seconds{}": "0+5x5 0+5x5 0x48"}),
                    quiet=[60, 120, 300])
 
     def test_drain_alert_fires_before_the_grace_period_is_over(self):
         rule, = [rule for group in self.rules["groups"] for rule in group["rules"]
                  if rule["alert"] == "SidecarDrainTimedOut"]
-        grace = float(environment(containers(kustomize())["sidecar"], kustomize())["GRACE_PERIOD_SECONDS"])
+        grace = float(
+            environment(containers(kustomize())["sidecar"], kustomize())["GRACE_PERIOD_SECONDS"])
         self.assertLessEqual(float(rule["for"].rstrip("s")) + self.SCRAPE, grace)
 
     def test_drain_that_ran_out_before_the_pod_was_gone(self):
-        self.check("SidecarDrainTimedOut", {"sidecar_draining{}": "0x11 1x5 stale",
-                                            "sidecar_active_requests{}": "1x17 stale",
-                                            'sidecar_drains_total{outcome="timed_out"}': "0x17 stale"},
+        self.check("SidecarDrainTimedOut",
+                   {"sidecar_draining{}": "0x11 1x5 stale",
+                    "sidecar_active_requests{}": "1x17 stale",
+                    'sidecar_drains_total{outcome="timed_out"}': "0x17 stale"},
                    quiet=[60, 80, 1200], firing=[85, 300, 900])
 
     def test_drain_that_ran_out_and_was_counted(self):
-        self.check("SidecarDrainTimedOut", {'sidecar_drains_total{outcome="timed_out"}': "0x11 1x100",
-                                            'sidecar_drains_total{outcome="completed"}': "0x111"},
-                   quiet=[55, 80, 1200], firing=[85, 300])
+        self.check("SidecarDrainTimedOut",
+                   {'sidecar_drains_total{outcome="timed_out"}': "0x11 1x100",
+                    'sidecar_drains_total{outcome="completed"}': "0x111"}, quiet=[55, 80, 1200],
+                   firing=[85, 300])
 
     def test_drains_that_completed(self):
         self.check("SidecarDrainTimedOut", {"sidecar_draining{}": "0x11 1x3 stale",
                                             "sidecar_active_requests{}": "1x15 stale"},
                    quiet=[60, 75, 300])
-        self.check("SidecarDrainTimedOut", {"sidecar_draining{}": "0x11 1x60", "sidecar_active_requests{}": "2x13 0x58",
-                                            'sidecar_drains_total{outcome="completed"}': "0x13 1x58"},
-                   quiet=[60, 90, 300])
+        self.check("SidecarDrainTimedOut",
+                   {"sidecar_draining{}": "0x11 1x60", "sidecar_active_requests{}": "2x13 0x58",
+                    'sidecar_drains_total{outcome="completed"}': "0x13 1x58"}, quiet=[60, 90, 300])
 
     def test_unmatched_ends(self):
-        self.check("SidecarUnmatchedEnds", {"sidecar_unmatched_ends_total{}": "0x10 1x110"}, quiet=[100, 300])
+        self.check("SidecarUnmatchedEnds", {"sidecar_unmatched_ends_total{}": "0x10 1x110"},
+                   quiet=[100, 300])
         self.check("SidecarUnmatchedEnds", {"sidecar_unmatched_ends_total{}": "0x10 0+1x10 10x250"},
                    quiet=[50, 1300], firing=[100, 300])
 
     def test_absent_sidecar(self):
-        running, up = 'kube_pod_status_phase{phase="Running", instance="10.0.0.1:8080"}', 'up{instance="10.0.0.2:9091"}'
+        running = 'kube_pod_status_phase{phase="Running", instance="10.0.0.1:8080"}'
+        up = 'up{instance="10.0.0.2:9091"}'
         self.check("SidecarAbsent", {running: "1x60", up: "1x60"}, quiet=[60, 300])
-        self.check("SidecarAbsent", {running: "1x60", up: "1x12 0x48"}, quiet=[60, 175], firing=[195, 300])
+        self.check("SidecarAbsent", {running: "1x60", up: "1x12 0x48"}, quiet=[60, 175],
+                   firing=[195, 300])
         self.check("SidecarAbsent", {running: "1x60"}, quiet=[60], firing=[125, 300])
         self.check("SidecarAbsent", {running: "0x60"}, quiet=[300])
         self.check("SidecarAbsent", {up: "0x60"}, quiet=[300])
@@ -371,19 +415,22 @@ class TestAlerts(Case):
     def test_every_alert_has_a_case_here(self):
         with open(os.path.abspath(__file__), encoding="utf-8") as file:
             tested = set(re.findall(r'self\.check\("(\w+)"', file.read()))
-        self.assertLessEqual({rule["alert"] for group in self.rules["groups"] for rule in group["rules"]}, tested)
+        self.assertLessEqual(
+            {rule["alert"] for group in self.rules["groups"] for rule in group["rules"]}, tested)
 
     def test_every_query_is_valid_and_asks_for_metrics_that_the_sidecar_has(self):
         dashboard = json.loads(pick(kustomize("monitoring"), "ConfigMap")["data"]["dashboard.json"])
         queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
         self.write("queries.json", {"groups": [{"name": "dashboard", "rules": [
-            {"record": "query:%d" % number, "expr": query} for number, query in enumerate(queries)]}]})
+            {"record": "query:%d" % number, "expr": query}
+            for number, query in enumerate(queries)]}]})
         for name in "queries.json", "rules.json":
             run("promtool", "check", "rules", os.path.join(self.folder, name))
         exposed = set(re.findall(r"^(\w+)", self.sidecar().prometheus(), re.MULTILINE))
         alerts = [rule["expr"] for group in self.rules["groups"] for rule in group["rules"]]
         self.assertLessEqual(set(re.findall(r"\bsidecar_\w+", " ".join(queries + alerts))), exposed)
-        self.assertEqual(len({panel["id"] for panel in dashboard["panels"]}), len(dashboard["panels"]))
+        self.assertEqual(len({panel["id"] for panel in dashboard["panels"]}),
+                         len(dashboard["panels"]))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ import sidecar as sidecar_module      # `sidecar` is what the tests call a runni
 
 
 class Model:
-    """The design of the tracker, as plainly as possible: a list of requests, and what was recorded."""
+    """The design of the tracker, as plainly as possible: a list of requests, and what was
+    recorded."""
 
     def __init__(self, now, grace, quiet, timeout):
         self.grace, self.quiet, self.timeout = grace, quiet, timeout or float("inf")
-        self.active, self.given_up, self.ended = [], [], set()      # requests: [id, start, has the worker brought the id?]
+        # Requests: [id, start, has the worker brought the id?].
+        self.active, self.given_up, self.ended = [], [], set()
         self.total = self.unmatched = self.expired = 0
         self.durations = []
         self.idle_since = now
@@ -29,7 +31,8 @@ class Model:
     def pass_time(self, now):
         for request in [request for request in self.active if now >= request[1] + self.timeout]:
             self.give_up(request, now)
-        if self.drain and self.drain[1] is not None and not self.drain[3] and now >= self.drain[1] + self.grace:
+        over = self.drain and self.drain[1] is not None and not self.drain[3]
+        if over and now >= self.drain[1] + self.grace:
             self.drain = None
 
     def start(self, now, name):
@@ -38,7 +41,8 @@ class Model:
             self.drain = None
         if name is None or all(request[0] != name for request in self.active):
             self.total += 1
-            self.given_up = [request for request in self.given_up if name is None or request[0] != name]
+            self.given_up = [request for request in self.given_up if name is None
+                             or request[0] != name]
             self.active.append([name, now, name is not None])
 
     def end(self, now, name, seconds):
@@ -90,10 +94,12 @@ class Model:
 
 
 class TestModel(unittest.TestCase):
-    """Random sequences of calls, against Model. The tracker is called through the endpoints, with a clock of the test's own."""
+    """Random sequences of calls, against Model. The tracker is called through the endpoints, with a
+    clock of the test's own."""
 
     SEQUENCES, STEPS = 4000, 40
-    DURATIONS = (("1.2s", 1.2), ("350ms", 0.35), ("0s", 0.0), ("150%C2%B5s", 150e-6), ("1m2.5s", 62.5), ("61", 61.0), ("5ms", 0.005))
+    DURATIONS = (("1.2s", 1.2), ("350ms", 0.35), ("0s", 0.0), ("150%C2%B5s", 150e-6),
+                 ("1m2.5s", 62.5), ("61", 61.0), ("5ms", 0.005))
     BAD_DURATIONS = ("", "abc", "-1s", "nan", "1e999s", "1%20s")
     BAD_IDS = ("id=", "id=a&id=b", "id=%00", "id=" + "x" * 129)
 
@@ -117,7 +123,8 @@ class TestModel(unittest.TestCase):
     def sequence(self):
         pick = self.random.choice
         self.clock = sidecar_module.time = FakeTime()
-        grace, quiet, timeout = pick((0.0, 5.0, 30.0)), pick((0.0, 0.0, 2.0)), pick((0.0, 0.0, 4.0, 40.0))
+        grace, quiet = pick((0.0, 5.0, 30.0)), pick((0.0, 0.0, 2.0))
+        timeout = pick((0.0, 0.0, 4.0, 40.0))
         self.tracker = sidecar_module.RequestTracker(grace, quiet, timeout)
         self.tracker._condition = ScriptedCondition(self.meanwhile)
         self.routes = sidecar_module.Api(self.tracker, sidecar_module.parse_networks("")).routes
@@ -140,15 +147,18 @@ class TestModel(unittest.TestCase):
     def step(self, most=60.0):
         """Do something at random, or let up to `most` seconds pass; then compare all figures."""
         self.left -= 1
-        kind = self.random.choice(("start", "start", "start", "end", "end", "end", "bad", "time", "time", "reset", "drain"))
+        kind = self.random.choice(("start", "start", "start", "end", "end", "end", "bad", "time",
+                                   "time", "reset", "drain"))
         if kind == "time":
-            self.clock.now = min(self.clock.now + self.random.choice((0.001, 1.0, 3.0, 20.0)), self.clock.now + most)
+            self.clock.now = min(self.clock.now + self.random.choice((0.001, 1.0, 3.0, 20.0)),
+                                 self.clock.now + most)
         elif kind == "drain":
             self.drain(final=self.random.random() < 0.2)
         elif kind == "reset" and self.random.random() < 0.5:
             count = len(self.model.active)
             self.model.pass_time(self.clock.now)
-            self.assertEqual(self.call("/reset"), (200, {"given_up": len(self.model.active)}), count)
+            self.assertEqual(self.call("/reset"), (200, {"given_up": len(self.model.active)}),
+                             count)
             self.model.reset(self.clock.now)
         elif kind == "start":
             self.start(self.random.choice([None, None] + self.names))
@@ -172,17 +182,20 @@ class TestModel(unittest.TestCase):
         self.check_advice(answer)
 
     def end(self, name):
-        text, seconds = self.random.choice(((None, None),) + self.DURATIONS + tuple((bad, None) for bad in self.BAD_DURATIONS))
+        text, seconds = self.random.choice(((None, None),) + self.DURATIONS
+                                           + tuple((bad, None) for bad in self.BAD_DURATIONS))
         query = [] if name is None else ["id=" + name]
         query += [] if text is None else ["duration=" + text]
         self.random.shuffle(query)
         status, answer = self.call("/end-request", "&".join(query))
         known = self.model.end(self.clock.now, name, seconds)
-        self.assertEqual(status, 409 if not known else 400 if text is not None and seconds is None else 200)
+        self.assertEqual(status,
+                         409 if not known else 400 if text is not None and seconds is None else 200)
         self.check_advice(answer)
 
     def check_advice(self, answer):
-        self.assertEqual((answer["active_requests"], answer["draining"]), (len(self.model.active), self.model.drain is not None))
+        self.assertEqual((answer["active_requests"], answer["draining"]),
+                         (len(self.model.active), self.model.drain is not None))
 
     def drain(self, final):
         self.model.begin_drain(self.clock.now, final)
@@ -203,7 +216,8 @@ class TestModel(unittest.TestCase):
         return self.model.drain and self.model.drain[2]
 
     def meanwhile(self, waiter, timeout):
-        """While a drain waits: others call, time passes. As soon as it is over, the drain must have been woken."""
+        """While a drain waits: others call, time passes. As soon as it is over, the drain must have
+        been woken."""
         sleeps_until = self.clock.now + timeout
         self.assertLessEqual(sleeps_until, self.model.drain_over_at())
         while not waiter.notified and self.clock.now < sleeps_until:
@@ -213,23 +227,25 @@ class TestModel(unittest.TestCase):
                 self.clock.now = sleeps_until
             self.model.pass_time(self.clock.now)
             if self.model.drain[1] is None and self.model.drain_is_over(self.clock.now):
-                self.assertTrue(waiter.notified or self.clock.now >= sleeps_until, "a drain that is over was not woken")
+                self.assertTrue(waiter.notified or self.clock.now >= sleeps_until,
+                                "a drain that is over was not woken")
                 self.end_drain()
 
     def compare(self):
         model, snapshot = self.model, self.tracker.snapshot()
         model.pass_time(self.clock.now)
         if model.drain and model.drain[1] is None and model.drain_is_over(self.clock.now):
-            return                                          # who waits for it is about to wake up: compared after that
+            return                       # who waits for it is about to wake up: compared after that
         counts = [0] * (len(sidecar_module.BUCKETS) + 1)
         for seconds in model.durations:
             counts[sum(seconds > bound for bound in sidecar_module.BUCKETS)] += 1
         self.assertEqual(
-            (snapshot["active_requests"], snapshot["total_requests"], snapshot["unmatched_ends"], snapshot["expired_requests"],
-             snapshot["duration_counts"], snapshot["phase"]),
+            (snapshot["active_requests"], snapshot["total_requests"], snapshot["unmatched_ends"],
+             snapshot["expired_requests"], snapshot["duration_counts"], snapshot["phase"]),
             (len(model.active), model.total, model.unmatched, model.expired, counts, model.phase()))
         self.assertAlmostEqual(snapshot["duration_sum"], sum(model.durations))
-        self.assertAlmostEqual(snapshot["idle_duration_seconds"], 0 if model.active else self.clock.now - model.idle_since)
+        self.assertAlmostEqual(snapshot["idle_duration_seconds"],
+                               0 if model.active else self.clock.now - model.idle_since)
         self.assertEqual([age for _, age in self.tracker.active_requests()],
                          [self.clock.now - request[1] for request in model.active])
 

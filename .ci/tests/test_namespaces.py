@@ -1,4 +1,5 @@
-"""What needs namespaces of the test's own, and so root on Linux: being PID 1, and a caller from elsewhere."""
+"""What needs namespaces of the test's own, and so root on Linux: being PID 1, and a caller from
+elsewhere."""
 import os
 import shutil
 import signal
@@ -14,8 +15,10 @@ class TestPid1(Case):
     @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
     def test_it_works_as_pid_1(self):
         sidecar = self.program("unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c",
-                               "import os, sys; sys.path.insert(0, %r); import sidecar; print('pid', os.getpid(), flush=True); "
-                               "sidecar.main([])" % HERE, env={"SIDECAR_PORT": 0, "METRICS_PORT": 0})
+                               "import os, sys; sys.path.insert(0, %r); import sidecar; "
+                               "print('pid', os.getpid(), flush=True); "
+                               "sidecar.main([])" % HERE,
+                               env={"SIDECAR_PORT": 0, "METRICS_PORT": 0})
         self.assertEqual(sidecar.wait_for(r"pid (\d+)").group(1), "1")
         sidecar.wait_for("listening")
         children = "/proc/%d/task/%d/children" % (sidecar.process.pid, sidecar.process.pid)
@@ -26,17 +29,18 @@ class TestPid1(Case):
 
     def under(self, init, *command):
         """Return a process that runs `command` under `init`, which is PID 1 of a namespace."""
-        return self.program("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *(tuple(init) + command),
+        return self.program("unshare", "--pid", "--fork", "--kill-child", "--mount-proc",
+                            *(tuple(init) + command),
                             env={"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0})
 
-    INITS = {"sidecar": (sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--"), "tini": ("tini", "--"),
-             "dumb-init": ("dumb-init", "--")}
+    INITS = {"sidecar": (sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--"),
+             "tini": ("tini", "--"), "dumb-init": ("dumb-init", "--")}
     LEAVE_ORPHANS = r"""
 import os, sys, time
 for _ in range(int(sys.argv[1])):
     if os.fork() == 0:
         if os.fork():
-            os._exit(0)                                     # the grandchild is an orphan now, of PID 1
+            os._exit(0)             # The grandchild is an orphan now, of PID 1.
         os._exit(0)
     os.wait()
 def left():
@@ -53,8 +57,8 @@ print("left:", left(), flush=True)
         program.wait_for("left: 0$")
 
     def statuses(self, init):
-        scripts = ("exit 0", "exit 1", "exit 7", "exit 255", "kill -9 $$", "kill -15 $$", "kill -1 $$", "kill -11 $$",
-                   "sleep 9 & exit 5")
+        scripts = ("exit 0", "exit 1", "exit 7", "exit 255", "kill -9 $$", "kill -15 $$",
+                   "kill -1 $$", "kill -11 $$", "sleep 9 & exit 5")
         return [self.under(init, "sh", "-c", script).wait() for script in scripts]
 
     def signals(self, init):
@@ -70,7 +74,8 @@ print("left:", left(), flush=True)
     @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
     def test_as_pid_1(self):
         self.reaps(self.INITS["sidecar"])
-        self.assertEqual(self.statuses(self.INITS["sidecar"]), [0, 1, 7, 255, 137, 143, 129, 139, 5])
+        self.assertEqual(self.statuses(self.INITS["sidecar"]),
+                         [0, 1, 7, 255, 137, 143, 129, 139, 5])
         got, status = self.signals(self.INITS["sidecar"])
         self.assertEqual((len(got), status), (8, 3))
 
@@ -78,7 +83,8 @@ print("left:", left(), flush=True)
     def test_a_fork_bombs_leftovers(self):
         self.reaps(self.INITS["sidecar"], orphans=max(int(5000 * SCALE), 100))
 
-    @needs("tini and dumb-init in namespaces", NAMESPACES and shutil.which("tini") and shutil.which("dumb-init"))
+    @needs("tini and dumb-init in namespaces",
+           NAMESPACES and shutil.which("tini") and shutil.which("dumb-init"))
     def test_beside_tini_and_dumb_init(self):
         ours = self.INITS["sidecar"]
         for name in ("tini", "dumb-init"):
@@ -87,7 +93,8 @@ print("left:", left(), flush=True)
             self.assertEqual(self.statuses(theirs), self.statuses(ours), name)
             self.assertEqual(self.signals(theirs), self.signals(ours), name)
         for command in ("no-such-command", "/", os.path.join(HERE, "test_sidecar.py")):
-            self.assertEqual(self.under(self.INITS["tini"], command).wait(), self.under(ours, command).wait(), command)
+            self.assertEqual(self.under(self.INITS["tini"], command).wait(),
+                             self.under(ours, command).wait(), command)
 
 
 class TestOtherHost(Case):
@@ -95,16 +102,20 @@ class TestOtherHost(Case):
 
     @needs("a right to make namespaces (root, unshare, ip)", NAMESPACES)
     def test_others_may_look_but_not_change_anything(self):
-        inside = self.program("unshare", "--net", "sh", "-c", "ip link set lo up && ip address add 192.0.2.10 dev lo && "
-                              "exec \"$@\"", "sh", sys.executable, "-c", "import test_namespaces; test_namespaces.call_as_another()",
+        inside = self.program("unshare", "--net", "sh", "-c",
+                              "ip link set lo up && ip address add 192.0.2.10 dev lo && "
+                              "exec \"$@\"", "sh", sys.executable, "-c",
+                              "import test_namespaces; test_namespaces.call_as_another()",
                               cwd=os.path.dirname(os.path.abspath(__file__)))
         self.assertEqual(inside.wait(), 0, inside.log)
         self.assertEqual(inside.log, "as expected")
 
 
 def call_as_another():
-    """In a network namespace where 192.0.2.10 is an address of this host: call a sidecar from there."""
-    for trusted, expected in (("", 403), ("192.0.2.10/32", 200), ("198.51.100.0/24, 192.0.2.10", 200), ("198.51.100.1", 403)):
+    """In a network namespace where 192.0.2.10 is an address of this host: call a sidecar from
+    there."""
+    for trusted, expected in (("", 403), ("192.0.2.10/32", 200),
+                              ("198.51.100.0/24, 192.0.2.10", 200), ("198.51.100.1", 403)):
         sidecar = SidecarProcess(SIDECAR_HOST=None, TRUSTED_CLIENTS=trusted)
         sidecar.host = "192.0.2.10"
         try:

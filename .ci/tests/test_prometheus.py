@@ -42,7 +42,8 @@ class TestPrometheusClient(Case):
         self.assertEqual(len(read), sum(not line.startswith("#") for line in text.splitlines()))
         self.assertEqual(families["sidecar_requests"].type, "counter")
         self.assertEqual([read["sidecar_" + name] for name in (
-            "requests_total", "active_requests", "unmatched_ends_total", "request_duration_seconds_count",
+            "requests_total", "active_requests", "unmatched_ends_total",
+            "request_duration_seconds_count",
             'request_duration_seconds_bucket{le="0.25"}')], [6, 1, 1, 5, 3])
         self.assertAlmostEqual(read["sidecar_request_duration_seconds_sum"], sum(durations))
         return families
@@ -60,7 +61,8 @@ class TestPrometheusClient(Case):
 
 @needs("Prometheus", PROMETHEUS)
 class TestPrometheusServer(Case):
-    """A real Prometheus scrapes a real sidecar: as OpenMetrics, and as text by way of a relay that asks for that."""
+    """A real Prometheus scrapes a real sidecar: as OpenMetrics, and as text by way of a relay that
+    asks for that."""
 
     def setUp(self):
         self.watched = self.sidecar()
@@ -92,16 +94,21 @@ class TestPrometheusServer(Case):
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
         config = os.path.join(folder, "prometheus.yml")
         with open(config, "w") as file:
-            json.dump({"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"}, "scrape_configs": [
+            json.dump({"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
+                       "scrape_configs": [
                 {"job_name": job, "static_configs": [{"targets": ["127.0.0.1:%d" % port]}]}
-                for job, port in (("openmetrics", self.watched.metrics_port), ("text", relay.server_port))]}, file)
-        self.prometheus = self.program("prometheus", "--config.file=" + config, "--storage.tsdb.path=" + folder,
+                for job, port in (("openmetrics", self.watched.metrics_port),
+                                  ("text", relay.server_port))]}, file)
+        self.prometheus = self.program("prometheus", "--config.file=" + config,
+                                       "--storage.tsdb.path=" + folder,
                                        "--web.listen-address=127.0.0.1:0")
-        self.port = int(self.prometheus.wait_for(r'msg="Listening on" address=127.0.0.1:(\d+)').group(1))
+        self.port = int(
+            self.prometheus.wait_for(r'msg="Listening on" address=127.0.0.1:(\d+)').group(1))
         self.prometheus.wait_for("Server is ready")
 
     def ask(self, path, **query):
-        """Return the data of Prometheus's answer: https://prometheus.io/docs/prometheus/latest/querying/api/"""
+        """Return the data of Prometheus's answer:
+        https://prometheus.io/docs/prometheus/latest/querying/api/"""
         path = "/api/v1/%s?%s" % (path, urllib.parse.urlencode(query))
         status, answer = self.watched.call("GET", path, port=self.port)
         self.assertEqual((status, answer["status"]), (200, "success"), answer)
@@ -110,17 +117,20 @@ class TestPrometheusServer(Case):
     def wait_for(self, query, value):
         """Wait until both jobs have `value`."""
         def found():
-            return {each["metric"]["job"]: float(each["value"][1]) for each in self.ask("query", query=query)["result"]}
+            return {each["metric"]["job"]: float(each["value"][1])
+                    for each in self.ask("query", query=query)["result"]}
         until(lambda: found() == {"openmetrics": value, "text": value}, "%s == %s" % (query, value))
 
     def test_it_scrapes_both_formats_and_sees_a_restart(self):
         self.wait_for("up", 1)
-        for job, counter in (("openmetrics", "sidecar_requests"), ("text", "sidecar_requests_total")):
+        for job, counter in (("openmetrics", "sidecar_requests"),
+                             ("text", "sidecar_requests_total")):
             metadata = self.ask("targets/metadata", match_target='{job="%s"}' % job)
             known = {each["metric"]: each["type"] for each in metadata}
             self.assertEqual(known[counter], "counter")
             self.assertEqual(known["sidecar_request_duration_seconds"], "histogram")
-        for hundredths in range(1, 101):        # evenly spread, as histogram_quantile has it inside a bucket
+        # Evenly spread, as histogram_quantile has it inside a bucket.
+        for hundredths in range(1, 101):
             self.watched.post("/start-request")
             self.watched.post("/end-request?duration=%dms" % (10 * hundredths))
         self.wait_for("sidecar_request_duration_seconds_count", 100)
@@ -138,11 +148,14 @@ class TestPrometheusServer(Case):
         self.wait_for("resets(sidecar_request_duration_seconds_count[1h])", 1)
 
     def test_promtool_has_nothing_to_say(self):
-        for path in (None, "/start-request", "/end-request?duration=1s", "/end-request", "/start-request", "/reset"):
+        for path in (None, "/start-request", "/end-request?duration=1s", "/end-request",
+                     "/start-request", "/reset"):
             if path:
                 self.watched.post(path)
-            checked = subprocess.run(["promtool", "check", "metrics"], input=self.watched.prometheus().encode(),
-                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+            checked = subprocess.run(["promtool", "check", "metrics"],
+                                     input=self.watched.prometheus().encode(),
+                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                     timeout=PATIENCE)
             self.assertEqual((checked.returncode, checked.stdout), (0, b""))
 
 

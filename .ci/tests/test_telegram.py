@@ -26,16 +26,18 @@ class Refused(Exception):
 
 
 class BotAPI(http.server.ThreadingHTTPServer):
-    """A Bot API server on loopback that keeps Telegram's rules, and lets a test see and hold every stage of an update.
+    """A Bot API server on loopback that keeps Telegram's rules, and lets a test see and hold every
+    stage of an update.
 
-    The stages, each with what it is about: "polling" (offset: getUpdates came, nothing is confirmed yet), "confirmed"
-    (update_id), "waiting" and "waited" (offset: a poll that found nothing), "handing" and "handed" (update_ids: just
-    before and after the answer was sent), "replying" (text: the user has the reply, the bot not yet its answer),
-    "replied" (text: it has).
+    The stages, each with what it is about: "polling" (offset: getUpdates came, nothing is confirmed
+    yet), "confirmed" (update_id), "waiting" and "waited" (offset: a poll that found nothing),
+    "handing" and "handed" (update_ids: just before and after the answer was sent), "replying"
+    (text: the user has the reply, the bot not yet its answer), "replied" (text: it has).
     """
     TOKEN = "123456:AAtest-token_that-no_log-may_show"
     SLOW_DOWN_SECONDS = 0.3     # 3 at Telegram's
-    BY_DEFAULT = {"message", "edited_message", "channel_post", "callback_query", "poll", "my_chat_member"}
+    BY_DEFAULT = {"message", "edited_message", "channel_post", "callback_query", "poll",
+                  "my_chat_member"}
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), BotAPIHandler)
@@ -52,7 +54,8 @@ class BotAPI(http.server.ThreadingHTTPServer):
         self.stages = []            # (stage, what)
         self.gates = []             # (stage, condition on what, Event that lets it go on)
         self.failures = {}          # method: how its next calls fail, see fail()
-        self.drop_every = 0         # of all calls, drop this one's connection, in turn before and after acting on it
+        # Of all calls, drop this one's connection, in turn before and after acting on it.
+        self.drop_every = 0
         self.calls = []             # (method, monotonic time)
         self.replies = []           # (method, params) of each that reached the user
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -64,33 +67,40 @@ class BotAPI(http.server.ThreadingHTTPServer):
             gate.set()
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):      # a bot that was killed is no error of the server
+        # A bot that was killed is no error of the server.
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
     # What a test does and sees.
 
     def push(self, kind, content):
-        """A user does something: queue it as an update unless the bot has asked for other kinds; return its id."""
+        """A user does something: queue it as an update unless the bot has asked for other kinds;
+        return its id."""
         with self.changed:
             if kind in self.allowed:
                 self.last_id += 1
                 self.updates.append({"update_id": self.last_id, kind: content})
-                if kind == "message" and isinstance(content, dict) and isinstance(content.get("chat"), dict):
+                if kind == "message" and isinstance(content,
+                                                    dict) and isinstance(content.get("chat"), dict):
                     self.messages.add((str(content["chat"].get("id")), content.get("message_id")))
                 self.changed.notify_all()
             return self.last_id
 
     def say(self, text, chat=7):
         """A user sends a text message; return its update's id."""
-        return self.push("message", {"message_id": 1000 + self.last_id, "date": 1700000000, "text": text,
-                                     "chat": {"id": chat, "type": "private"}, "from": {"id": chat, "is_bot": False}})
+        return self.push("message",
+                         {"message_id": 1000 + self.last_id, "date": 1700000000, "text": text,
+                          "chat": {"id": chat, "type": "private"},
+                          "from": {"id": chat, "is_bot": False}})
 
     def fail(self, method, *how):
-        """Let the next calls of a method fail, one each: a status, ("retry_after", seconds), "drop before", "drop after"."""
+        """Let the next calls of a method fail, one each: a status, ("retry_after", seconds), "drop
+        before", "drop after"."""
         self.failures.setdefault(method.lower(), collections.deque()).extend(how)
 
     def hold(self, stage, condition=lambda what: True):
-        """Hold the next such stage (but "waiting" and "waited"); return the Event that lets it go on."""
+        """Hold the next such stage (but "waiting" and "waited"); return the Event that lets it go
+        on."""
         gate = threading.Event()
         self.gates.append((stage, condition, gate))
         return gate
@@ -98,8 +108,9 @@ class BotAPI(http.server.ThreadingHTTPServer):
     def wait_for(self, stage, condition=lambda what: True):
         """Wait until a stage has been reached."""
         with self.changed:
-            if not self.changed.wait_for(lambda: any(name == stage and condition(what) for name, what in self.stages),
-                                         PATIENCE):
+            if not self.changed.wait_for(
+                    lambda: any(name == stage and condition(what) for name, what in self.stages),
+                    PATIENCE):
                 raise AssertionError("no %s; there were %s" % (stage, self.stages))
 
     def wait_until_confirmed(self):
@@ -137,19 +148,22 @@ class BotAPI(http.server.ThreadingHTTPServer):
             self.poll += 1
             mine, now = self.poll, time.monotonic()
             if self.last_poll[0] == offset and now < self.last_poll[1] + self.SLOW_DOWN_SECONDS:
-                timeout = max(timeout, self.SLOW_DOWN_SECONDS)      # the same question again and again
+                timeout = max(timeout, self.SLOW_DOWN_SECONDS)   # the same question again and again
             self.last_poll = offset, now
             if offset < 0:                      # counted from the end
                 offset += self.last_id + 1
-            confirmed = [update["update_id"] for update in self.updates if update["update_id"] < offset]
+            confirmed = [update["update_id"] for update in self.updates
+                         if update["update_id"] < offset]
             self.updates = self.updates[len(confirmed):]
         for update_id in confirmed:
             self.reach("confirmed", update_id)
         with self.changed:
             if not self.updates and timeout:
-                self.waiting = max(mine, self.waiting)      # the newest may wait, and ends the one that waits already
+                # The newest may wait, and ends the one that waits already.
+                self.waiting = max(mine, self.waiting)
                 self.reach("waiting", offset)
-                self.changed.wait_for(lambda: self.updates or self.waiting != mine or self.webhook, timeout)
+                self.changed.wait_for(lambda: self.updates or self.waiting != mine or self.webhook,
+                                      timeout)
                 self.reach("waited", offset)
                 if self.webhook:
                     raise Refused(409, "Conflict: terminated by setWebhook request")
@@ -172,13 +186,17 @@ class BotAPI(http.server.ThreadingHTTPServer):
             raise Refused(400, "Bad Request: message text is empty")
         if utf16_units(text) > 4096:
             raise Refused(400, "Bad Request: message is too long")
-        if reply and (chat, reply["message_id"]) not in self.messages and not reply.get("allow_sending_without_reply"):
+        unknown = reply and (chat, reply["message_id"]) not in self.messages
+        if unknown and not reply.get("allow_sending_without_reply"):
             raise Refused(400, "Bad Request: message to be replied not found")
-        return {"message_id": 5000 + len(self.replies), "date": 1700000000, "text": text, "chat": {"id": chat}}
+        return {"message_id": 5000 + len(self.replies), "date": 1700000000, "text": text,
+                "chat": {"id": chat}}
 
     def answercallbackquery(self, params):
         if not params.get("callback_query_id"):
-            raise Refused(400, "Bad Request: query is too old and response timeout expired or query ID is invalid")
+            raise Refused(400,
+                          "Bad Request: query is too old and response timeout expired or query ID "
+                          "is invalid")
         if utf16_units(params.get("text", "")) > 200:
             raise Refused(400, "Bad Request: MESSAGE_TOO_LONG")
         return True
@@ -232,7 +250,8 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
         if failure == "drop before":
             return self.drop()
         if isinstance(failure, tuple):
-            raise Refused(429, "Too Many Requests: retry after %d" % failure[1], {"retry_after": failure[1]})
+            raise Refused(429, "Too Many Requests: retry after %d" % failure[1],
+                          {"retry_after": failure[1]})
         if failure in self.REFUSALS:
             raise Refused(failure, self.REFUSALS[failure])
         if isinstance(failure, int):
@@ -259,7 +278,8 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
     def answer(self, status, content):
         text = json.dumps(content) if isinstance(content, dict) else content
         self.send_response(status)
-        self.send_header("Content-Type", "application/json" if isinstance(content, dict) else "text/html")
+        self.send_header("Content-Type",
+                         "application/json" if isinstance(content, dict) else "text/html")
         self.send_header("Content-Length", str(len(text)))
         if status == 429:
             self.send_header("Retry-After", str(content["parameters"]["retry_after"]))
@@ -270,7 +290,7 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
 class TestTelegram(Case):
     def setUp(self):
         self.api = self.bot_api()
-        taken = socket.socket()             # bound, so that nobody else gets the port; not listening
+        taken = socket.socket()            # bound, so that nobody else gets the port; not listening
         self.addCleanup(taken.close)
         taken.bind(("127.0.0.1", 0))
         self.nowhere = "http://127.0.0.1:%d" % taken.getsockname()[1]
@@ -282,8 +302,8 @@ class TestTelegram(Case):
 
     def bot(self, **env):
         """Start the bot; without a sidecar, unless SIDECAR_URL says where one is."""
-        settings = dict(BOT_TOKEN=self.api.TOKEN, TELEGRAM_API_URL=self.api.url, SIDECAR_URL=self.nowhere,
-                        KAFKA_BROKERS=None)
+        settings = dict(BOT_TOKEN=self.api.TOKEN, TELEGRAM_API_URL=self.api.url,
+                        SIDECAR_URL=self.nowhere, KAFKA_BROKERS=None)
         settings.update(env)
         return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=settings)
 
@@ -304,20 +324,24 @@ class TestTelegram(Case):
         self.api.push("callback_query", {"id": "q1", "data": "yes", "from": {"id": 7}})
         self.api.wait_until_confirmed()
         (method, message), (other_method, press) = self.api.replies
-        self.assertEqual((method, message["chat_id"], message["text"]), ("sendmessage", "7", "Echo: hello"))
+        self.assertEqual((method, message["chat_id"], message["text"]),
+                         ("sendmessage", "7", "Echo: hello"))
         self.assertEqual(json.loads(message["reply_parameters"])["message_id"], 1000)
-        self.assertEqual((other_method, press), ("answercallbackquery", {"callback_query_id": "q1", "text": "Received: yes"}))
+        self.assertEqual((other_method, press), (
+            "answercallbackquery", {"callback_query_id": "q1", "text": "Received: yes"}))
         self.end(bot)
 
     def test_replies_keep_to_telegrams_limits(self):
         for text in ("x" * 4096, "\N{GRINNING FACE}" * 2048, "x" + "\N{GRINNING FACE}" * 2047):
             self.api.say(text)
-        self.api.push("callback_query", {"id": "q1", "data": "\N{GRINNING FACE}" * 200, "from": {"id": 7}})
+        self.api.push("callback_query",
+                      {"id": "q1", "data": "\N{GRINNING FACE}" * 200, "from": {"id": 7}})
         bot = self.bot()
         self.api.wait_until_confirmed()
         self.assertEqual(len(self.api.replies), 4, bot.log)
         for (_, params), longest in zip(self.api.replies, (4096, 4096, 4096, 200)):
-            self.assertLessEqual(longest - 1, utf16_units(params["text"]))      # never half of a surrogate pair
+            # Never half of a surrogate pair.
+            self.assertLessEqual(longest - 1, utf16_units(params["text"]))
             self.assertLessEqual(utf16_units(params["text"]), longest)
         self.end(bot)
 
@@ -325,12 +349,15 @@ class TestTelegram(Case):
         chat = {"id": 7, "type": "private"}
         self.api.allowed = {"message", "edited_message", "callback_query", "poll", "of_the_future"}
         self.api.push("edited_message", {"message_id": 1, "chat": chat, "text": "edited"})
-        self.api.push("message", {"message_id": 2, "chat": chat, "sticker": {"emoji": "\N{GRINNING FACE}"}})
+        self.api.push("message",
+                      {"message_id": 2, "chat": chat, "sticker": {"emoji": "\N{GRINNING FACE}"}})
         self.api.push("message", {"message_id": 3, "chat": chat, "new_chat_members": [{"id": 8}]})
         self.api.push("of_the_future", {"id": 1})
         broken = [self.api.push("message", content) for content in (
-            "text", [1], {"message_id": 4, "text": "no chat"}, {"message_id": 5, "chat": chat, "text": 5},
-            {"message_id": 6, "chat": 7, "text": "hi"}, {"message_id": 7, "chat": {"type": "private"}, "text": "no id"})]
+            "text", [1], {"message_id": 4, "text": "no chat"},
+            {"message_id": 5, "chat": chat, "text": 5},
+            {"message_id": 6, "chat": 7, "text": "hi"},
+            {"message_id": 7, "chat": {"type": "private"}, "text": "no id"})]
         broken += [self.api.push("callback_query", content) for content in (7, {"data": "no id"})]
         self.api.say("after them")
         bot = self.bot()
@@ -379,7 +406,8 @@ class TestTelegram(Case):
     }
 
     def stop_at_every_stage(self, number, check):
-        """Stop the bot with a signal at every stage and start it again; check({text: how often users got it})."""
+        """Stop the bot with a signal at every stage and start it again; check({text: how often
+        users got it})."""
         for name, (stage, condition) in self.STAGES.items():
             with self.subTest(name):
                 self.api = self.bot_api()
@@ -401,10 +429,12 @@ class TestTelegram(Case):
                 check(collections.Counter(text[-1] for text in self.api.texts()))
 
     def test_sigkill_loses_nothing_at_any_stage(self):
-        self.stop_at_every_stage(signal.SIGKILL, lambda answered: self.assertEqual(set(answered), set("1234")))
+        self.stop_at_every_stage(signal.SIGKILL,
+                                 lambda answered: self.assertEqual(set(answered), set("1234")))
 
     def test_sigterm_answers_each_exactly_once_at_any_stage(self):
-        self.stop_at_every_stage(signal.SIGTERM, lambda answered: self.assertEqual(answered, dict.fromkeys("1234", 1)))
+        self.stop_at_every_stage(
+            signal.SIGTERM, lambda answered: self.assertEqual(answered, dict.fromkeys("1234", 1)))
 
     def test_sigterm_lets_the_update_in_hand_be_answered_and_no_other(self):
         self.api.say("1")
@@ -447,7 +477,8 @@ class TestTelegram(Case):
                 bot = self.bot()
                 self.api.wait_until_confirmed()
                 self.assertEqual(self.api.texts(), ["Echo: hello"])
-                refused, again = [at for called, at in self.api.calls if called == method.lower()][:2]
+                refused, again = [at for called, at in self.api.calls
+                                  if called == method.lower()][:2]
                 self.assertGreaterEqual(again - refused, 2)
                 self.end(bot)
 
@@ -461,7 +492,8 @@ class TestTelegram(Case):
         self.end(bot)
 
     def test_sigterm_breaks_into_a_wait_to_try_again(self):
-        for method, failures in (("getUpdates", 1), ("sendMessage", 2)):    # a reply is tried once more
+        # A reply is tried once more.
+        for method, failures in (("getUpdates", 1), ("sendMessage", 2)):
             with self.subTest(method):
                 self.api = self.bot_api()
                 self.api.fail(method, *[("retry_after", 1000 * PATIENCE)] * failures)
@@ -494,7 +526,8 @@ class TestTelegram(Case):
         self.check_it_gives_up(self.bot(), "token")
 
     def test_a_malformed_token_ends_it_and_is_not_told(self):
-        for token in ("SECRET", "123456:SECRET with\na line's end", "123456:SECRET/..", "123456:SECRETé"):
+        for token in ("SECRET", "123456:SECRET with\na line's end", "123456:SECRET/..",
+                      "123456:SECRETé"):
             bot = self.bot(BOT_TOKEN=token)
             self.assertEqual(bot.wait(), 2, bot.log)
             self.assertIn("BOT_TOKEN", bot.log)
@@ -524,7 +557,8 @@ class TestTelegram(Case):
         self.api.wait_for("replying")
         self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 1)
         gate.set()
-        self.api.wait_for("polling", lambda offset: offset > 1)     # it acknowledges only what it has told the sidecar
+        # It acknowledges only what it has told the sidecar.
+        self.api.wait_for("polling", lambda offset: offset > 1)
         self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 0)
         confirm.set()
         self.end(bot)
@@ -594,7 +628,8 @@ class TestTelegram(Case):
         self.assertEqual([path for path in sidecar.posts if "/end-request" in path], [])
         sidecar.away = False
         started, = re.findall("/start-request.*id=([^&,']+)", str(sidecar.posts))
-        sidecar.wait_until(lambda: any(re.search("/end-request.*id=" + started, path) for path in sidecar.posts))
+        sidecar.wait_until(
+            lambda: any(re.search("/end-request.*id=" + started, path) for path in sidecar.posts))
         self.end(bot)
 
     def test_a_sidecar_that_hangs_is_left_alone_for_a_while(self):
@@ -630,10 +665,11 @@ class TestTelegram(Case):
 
         for number, away in enumerate((True, False, True), 1):
             sidecar.away = away
-            until(lambda: len(said()) >= number)    # it leaves one that was absent alone for a while
+            until(lambda: len(said()) >= number)   # it leaves one that was absent alone for a while
             for _ in range(5):
                 said()
-        self.assertEqual(said(), ["working without a sidecar", "reporting to the sidecar", "working without a sidecar"])
+        self.assertEqual(said(), ["working without a sidecar", "reporting to the sidecar",
+                                  "working without a sidecar"])
         self.end(bot)
 
 
