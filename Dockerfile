@@ -1,7 +1,7 @@
 # Two images from one file, the second holds the first:
 #
-#     docker build --target sidecar -t sidecar:1.0.0 .
-#     docker build -t echo-bot:1.0.0 .
+#     docker build --target sidecar -t sidecar:1.1.0 .
+#     docker build -t echo-bot:1.1.0 .
 #
 # The base has Python and nothing else: no shell, no pip, no compiler. Each of our layers is one copied file. Another base
 # (--build-arg BASE=python:3.13-slim) does as well, as long as its python3 is on the PATH.
@@ -11,7 +11,7 @@ FROM ${BASE} AS sidecar
 ARG BASE
 LABEL org.opencontainers.image.title="sidecar" \
       org.opencontainers.image.description="Counts a worker's requests in flight and holds its shutdown back until they are done" \
-      org.opencontainers.image.version="1.0.0" \
+      org.opencontainers.image.version="1.1.0" \
       org.opencontainers.image.base.name="${BASE}"
 # Readable for every user, whatever the umask of the checkout; owned by root, so the process cannot change its own code.
 COPY --chown=0:0 --chmod=444 sidecar.py /app/sidecar.py

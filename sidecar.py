@@ -1,44 +1,58 @@
 #!/usr/bin/env python3
-"""Count the requests that a worker has in flight, and hold its shutdown back until the count is zero.
+"""Count the requests that a worker has in flight; hold its shutdown back until there are none.
 
-Copy this file into an image and run it beside the worker. It needs Python 3.7 or newer and nothing else.
+Copy this file into an image and run it beside the worker. It needs Python 3.7 or newer and nothing
+else.
 
     python sidecar.py                     serve
-    python sidecar.py run -- COMMAND ...  serve, with the worker as a child: for one container without Kubernetes
-    python sidecar.py health              ask a running sidecar, print its answer, exit 0 or 1; also: ready, drain,
-                                          metrics, requests. SIDECAR_URL says where (http://127.0.0.1:SIDECAR_PORT)
-    python sidecar.py --help              this text; also: --version
+    python sidecar.py run -- COMMAND ...  serve, with the worker as a child: for one container
+    python sidecar.py health              ask a running sidecar, print its answer, exit 0 or 1; also:
+                                          ready, drain, metrics, requests. SIDECAR_URL says where
+                                          (http://127.0.0.1:SIDECAR_PORT)
+    python sidecar.py --help              this text, and the figures; also: --version
 
-Endpoints on SIDECAR_PORT (those marked * answer loopback and TRUSTED_CLIENTS only; each error is {"error": "..."}):
+Endpoints on SIDECAR_PORT (those marked * answer loopback and TRUSTED_CLIENTS only; each error is
+{"error": "..."}):
 
-    * POST /start-request  [?id=ID] a request begins: {"request_id", "active_requests", "draining"}
+    * POST /start-request  [?id=ID] [&hold=true or false] a request begins: {"request_id",
+                           "active_requests", "draining"}; held while draining, see HOLD_STARTS
     * POST /end-request    [?duration=1.2s] [&id=ID] it has ended: {"active_requests", "draining"}
-    * POST /reset          the worker has just started: what is active now is given up
-    * GET  /drain          answers when the count is zero (200) or the grace period is over (503); POST does the same
+    * POST /reset          the worker has just started: what is active now is given up, a drain is
+                           undone; [?prefix=P]: only ids that begin so are given up, no more
+    * GET  /drain          answers when the count is zero (200), or the grace period is over or the
+                           drain is undone (503); POST does the same
       GET  /metrics        what the worker is doing, as JSON
       GET  /requests       the active requests, oldest first: [{"request_id", "age_seconds"}, ...]
       GET  /health         200 as long as the sidecar runs
       GET  /ready          200, or 503 while draining or drained
-      GET  /               the same for people: a page that follows the sidecar; this list, where no browser asks
+      GET  /               the same for people: a page that follows the sidecar; this list, where no
+                           browser asks
 
 On METRICS_PORT: GET /metrics, the Prometheus text format, or OpenMetrics where Accept asks for it.
 
 Variables, all of them optional:
 
-    SIDECAR_HOST             the address to listen on                       every address, IPv4 and IPv6
+    SIDECAR_HOST             the address to listen on                       every address
     SIDECAR_PORT             the worker's port; 0 picks a free one          8081
     METRICS_PORT             Prometheus's port; 0 picks a free one          9091
     GRACE_PERIOD_SECONDS     the longest that a drain may take              30
-    QUIET_PERIOD_SECONDS     how long a drain wants to see the count at 0   0
+    QUIET_PERIOD_SECONDS     how long the count must stay at zero           0
     REQUEST_TIMEOUT_SECONDS  a request older than this is given up          0: never
+    HOLD_STARTS              whether a start waits while draining: always,  auto
+                             never, or auto: where SIGTERM surely ends the
+                             worker, so under `run`, and in a pod that
+                             shares its process namespace
     TRUSTED_CLIENTS          CIDRs that may call * beside loopback
     LOG_LEVEL                DEBUG (each request), INFO, WARNING, ERROR     INFO
     LOG_FORMAT               text or json                                   text
 
-SIGTERM or SIGINT starts a drain. The exit status is 0 when it reached zero, 1 when the grace period was over first, or
-when a second signal cut it short, and 2 for a bad setting. With `run` it is the worker's: SIGTERM drains first, is then
-passed on to the worker, and SIGKILL follows when the grace period is over; other signals are passed on at once.
+SIGTERM or SIGINT starts a drain. The exit status is 0 when it reached zero, 1 when the grace period
+was over first, or when a second signal cut it short, and 2 for a bad setting. With `run` it is the
+worker's: SIGTERM drains first and is then passed on to the worker; other signals are passed on at
+once.
 """
+from __future__ import annotations
+
 import errno
 import functools
 import http.client
@@ -49,6 +63,7 @@ import logging
 import os
 import queue
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -56,18 +71,28 @@ import sys
 import threading
 import time
 from bisect import bisect_left
-from collections import OrderedDict, namedtuple
-from types import SimpleNamespace
+from collections import OrderedDict, deque, namedtuple
 from urllib.parse import parse_qsl, urlsplit
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
 COMMANDS = ("health", "ready", "drain", "metrics", "requests")
-SERVING, DRAINING, DRAINED = "serving", "draining", "drained"
-REMEMBERED = 10000              # ids that have ended or were given up, so that a retried or late end is known as one
-QUEUED_LINES = 10000            # of the log, while nobody reads it
-REPORT_SECONDS = 5              # how often a drain that waits says so in the log
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
+REMEMBERED = 10000              # of ids that have ended, of those given up, of ends without a start
+QUEUED_LINES = 10000            # log lines kept while stderr is blocked
+
+REPORT_SECONDS = 5.0            # how often a drain that waits says so in the log
+LOOK_SECONDS = 1.0              # how often it looks at what only time brings
+HELD_SECONDS = 5.0              # after a drain: a start that is still held is answered
+PASSED_ON_SECONDS = 1.0         # the same under `run`, once the worker got its signal
+HELD_LONGEST_SECONDS = 15.0     # while draining no start is held for longer
+BLOCKED_SECONDS = 5.0           # without an end: what is held may be what blocks the worker
+TRIAL_SECONDS = 1.0             # within which an answer shows that it was
+TRICKLE_SECONDS = 0.25          # between two bytes of the answer to a held start
+LAPSE_SECONDS = 10.0            # at least: then a request lapses whose client heard no answer
+EARLY_END_SECONDS = 10.0        # how long an end with an id waits for its start
+GONE_SECONDS = 15.0             # after the grace period a pod that was to go is gone
+REPEATED_SECONDS = 1.0          # a second SIGTERM within this time is the first, delivered twice
 
 log = logging.getLogger("sidecar")
 
@@ -92,6 +117,9 @@ class Settings:
         self.grace_period_seconds = read("GRACE_PERIOD_SECONDS", "30", parse_duration, A_DURATION)
         self.quiet_period_seconds = read("QUIET_PERIOD_SECONDS", "0", parse_duration, A_DURATION)
         self.request_timeout_seconds = read("REQUEST_TIMEOUT_SECONDS", "0", parse_duration, A_DURATION)
+        holds = ("auto", "always", "never")
+        self.hold_starts = holds[read("HOLD_STARTS", "auto", lambda text: holds.index(text.lower()),
+                                      "auto, always or never")]
         self.trusted_clients = read("TRUSTED_CLIENTS", "", parse_networks,
                                     "addresses or CIDRs such as 10.0.0.0/8, separated by commas")
         self.log_level = levels[read("LOG_LEVEL", "INFO", lambda text: levels.index(text.upper()), ", ".join(levels))]
@@ -128,196 +156,480 @@ def parse_duration(text):
     raise ValueError("%r: expected %s" % (text[:100], A_DURATION))
 
 
-# ---- The tracker ----------------------------------------------------------------------------------------------------
+# ---- The tracker ----------------------------------------------------------------------------------
 
-class RequestTracker:
-    """The requests in flight, the totals, and the drain. Any thread may call any method. Durations are in seconds.
+SERVING, DRAINING, DRAINED = "serving", "draining", "drained"
+COMPLETED, TIMED_OUT, UNDONE = "completed", "timed_out", "undone"
 
-    The phase goes from serving to draining (`drain`) to drained. Without a SIGTERM (`final`), a drained tracker serves
-    again from the next start on, or once the grace period has passed again: it was only the worker that restarted.
-    No thread or timer watches the time: what time brings is done by the next call (`_settle`), and drains sleep until then.
+
+class Drain:
+    """One drain. Its life, told nowhere else:
+
+    from                to        by
+    serving             draining  begin: SIGTERM, SIGINT, /drain
+    draining            drained   finish: the count was zero for the quiet period (completed), or
+                                  the grace period is over (timed out)
+    drained             draining  begin, a new one: SIGTERM or /drain while requests are active
+                                  after one that completed; /drain after one that timed out
+    draining, drained   serving   undo: /reset, or a start (see `start` and `answer_of_held`);
+                                  never after SIGTERM
     """
 
-    def __init__(self, grace_period_seconds=30.0, quiet_period_seconds=0.0, request_timeout_seconds=0.0):
+    def __init__(self, now: float, grace_period_seconds: float) -> None:
+        self.began = now                    # all times are on the monotonic clock
+        self.grace_over_at = now + grace_period_seconds
+        self.ended = None
+        self.outcome = None                 # COMPLETED, TIMED_OUT or UNDONE; None: under way
+        self.holds = True                   # a start that may be held is held
+        self.has_held = False
+        self.trial = (now, 0)               # when a start was answered on trial, the count before
+        self.report_at = now + REPORT_SECONDS
+
+
+class InFlight:
+    """A request that is counted, or whose start is held. Times are on the monotonic clock."""
+
+    __slots__ = "id", "brought_id", "local", "asked", "started", "held_before", "answer", "lapses_at"
+
+    def __init__(self, request_id, local, now):
+        self.id = request_id                # None: none was brought, and it is not counted yet
+        self.brought_id = request_id is not None
+        self.local = local                  # its start came by loopback
+        self.asked = now                    # when that came
+        self.started = None                 # when it was counted
+        self.held_before = None             # for how many seconds anything had been held by then
+        self.answer = None                  # what `start` returns; None while it is held
+        self.lapses_at = None               # where its client heard no answer
+
+
+class RequestTracker:
+    """The requests in flight, the totals, the drain and the starts that it holds. It knows no HTTP.
+
+    Any thread may call any public method. Durations are in seconds. Nothing watches the time: each
+    method makes up for what was due since the last one, and who waits calls again and again.
+    `processes` (PodProcesses) tells about the pod's other processes.
+    """
+
+    def __init__(self, grace_period_seconds: float = 30.0, quiet_period_seconds: float = 0.0,
+                 request_timeout_seconds: float = 0.0, processes: PodProcesses | None = None):
         self.grace_period_seconds = grace_period_seconds
         self.quiet_period_seconds = quiet_period_seconds
         self.request_timeout_seconds = request_timeout_seconds or float("inf")
-        self._condition = threading.Condition()         # guards all that follows; notified when a drain may be over
-        self._active = OrderedDict()                    # {id: start on the monotonic clock}, the oldest first
-        self._without_id = OrderedDict()                # {id: None} of those whose worker brought no id, the oldest first
-        self._ended_ids = OrderedDict()                 # {id: None} of the latest ends that named one
-        self._given_up = OrderedDict()                  # {id: (start, did the worker bring the id?)} of the latest
-        self._id_prefix = os.urandom(4).hex()           # so that an id from before a restart is unknown
-        self._started = self._unmatched_ends = self._expired = 0
-        self._duration_counts, self._duration_sum = [0] * (len(BUCKETS) + 1), 0.0
-        self._start_time, self._last_start_time = time.time(), None
-        self._idle_since = time.monotonic()
-        self._drain = None                              # the drain that is under way or over; None while serving
-        self._drains = {"completed": 0, "timed_out": 0}
+        self._processes = processes or PodProcesses(shared=False)
+        self._condition = threading.Condition()     # guards all below; notified when a drain is over
+        self._active = OrderedDict()                # {id: InFlight}, the oldest first, as below
+        self._without_id = OrderedDict()            # {id: None}: those whose ids were made here,
+        self._unheard = OrderedDict()               # but for those whose client heard no answer
+        self._given_up = OrderedDict()              # {id: InFlight}, the latest
+        self._given_up_without_id = OrderedDict()   # {id: None}
+        self._ended_ids = OrderedDict()             # {id: None} that the latest ends named
+        self._early_ends = OrderedDict()            # {id: (when, seconds)}: no start has come yet
+        self._id_prefix = os.urandom(4).hex()       # so that an id from before a restart is unknown
+        self._started = 0                           # how many; so are the next three
+        self._unmatched = 0
+        self._expired = 0
+        self._left_behind = 0
+        self._duration_counts = [0] * (len(BUCKETS) + 1)
+        self._duration_sum = 0.0
+        self._latest_durations = deque(maxlen=100)  # by the clock here, whatever the worker said
+        self._start_time = time.time()
+        self._last_start_time = None
+        self._idle_since = self._last_end = time.monotonic()
+        self._oldest_process = 0.0                  # when it began, as it was last seen
+        self._phase = SERVING                       # set by _begin, _finish and _undo alone
+        self._drain = None                          # the latest
+        self._outcomes = {COMPLETED: 0, TIMED_OUT: 0, UNDONE: 0}
+        self._terminating = False                   # SIGTERM has come
+        self._passed_on_at = None                   # when `run` passed it on to the worker
+        self._held = OrderedDict()                  # {InFlight: None}, the oldest first
+        self._held_since = None                     # since when there has been one
+        self._held_seconds = 0.0                    # for how long there had been one before
 
-    def start(self, request_id=None):
-        """Count a request; return (its id, the active requests, draining?). An id that is active is not counted again."""
+    # -- starts and ends
+
+    def start(self, request_id: str | None = None, hold: bool = False, local: bool = True):
+        """Count a request; return an InFlight whose `answer` is (its id, the active requests,
+        draining?), or None while it is held: then ask `answer_of_held`.
+
+        request_id: the worker's own; None: one is made. One that is active is not counted again.
+        hold: whether it may be held. local: whether the call came by loopback.
+        """
         with self._condition:
-            self._settle(request_started=True)
-            if request_id not in self._active:
-                self._started += 1
-                self._last_start_time = time.time()
-                if request_id is None:
-                    request_id = "%s-%d" % (self._id_prefix, self._started)
-                    self._without_id[request_id] = None
-                self._given_up.pop(request_id, None)
-                self._active[request_id] = time.monotonic()
-            return request_id, len(self._active), self._drain is not None
+            now = time.monotonic()
+            self._catch_up(now)
+            request = self._active.get(request_id) or InFlight(request_id, local, now)
+            begins = request.started is None and request_id not in self._early_ends
+            if self._phase == DRAINED and self._restarted(now):
+                self._undo(now, "the worker was restarted")
+            elif self._phase == DRAINED and not hold and \
+                    now >= self._drain.grace_over_at + GONE_SECONDS:
+                self._undo(now, "a request started, and this pod is still there")
+            if begins and hold and self._phase != SERVING and self._drain.holds:
+                self._hold(request, now)
+            else:
+                self._count(request, now)
+            return request
 
-    def end(self, request_id=None, seconds=None):
+    def end(self, request_id: str | None = None, seconds: float | None = None):
         """End a request; return (was there one to end?, the active requests, draining?).
 
-        Without an id the oldest request that was started without one ends. `seconds`: how long it took; None: as the
-        clock here says. An end that comes twice, or after the request was given up, is no error.
+        request_id: None ends the oldest that was started without one. seconds: how long it took;
+        None: as the clock here says. An end that comes twice, or after the request was given up, is
+        no error. One with an id that nobody knows waits for its start: it may have overtaken it.
         """
         with self._condition:
-            now = self._settle()
-            ending = request_id
-            if request_id is None:
-                late = (name for name, (_, brought) in self._given_up.items() if not brought)
-                ending = next(iter(self._without_id), None) or next(late, None)
-            if ending in self._active:
-                started = self._remove(ending, now)
-            else:
-                started, _ = self._given_up.pop(ending, (None, None))
-            known = started is not None or ending in self._ended_ids
-            if started is not None:
-                seconds = now - started if seconds is None else seconds
-                self._duration_counts[bisect_left(BUCKETS, seconds)] += 1
-                self._duration_sum += seconds
-                if request_id is not None:
-                    remember(self._ended_ids, request_id, None)
+            now = time.monotonic()
+            self._catch_up(now)
+            ending = self._oldest_without_id() if request_id is None else request_id
+            request = self._remove(ending, now) or self._forget_given_up(ending)
+            known = request is not None or ending in self._ended_ids
+            if request:
+                self._record(request, request_id, seconds, now)
             elif not known:
-                self._unmatched_ends += 1
-            return known, len(self._active), self._drain is not None
+                self._unmatched += 1
+                if request_id is not None:
+                    remember(self._early_ends, request_id, (now, seconds))
+            return known, len(self._active), self._phase != SERVING
 
-    def reset(self):
-        """Give up every active request, because the worker that began them is gone; return how many there were."""
-        with self._condition:
-            now = self._settle()
-            active = len(self._active)
-            while self._active:
-                self._give_up(now)
-            return active
+    def reset(self, prefix: str | None = None) -> int:
+        """Give up what a worker that has just started left behind; return how many there were.
 
-    def drain(self, final=False):
-        """Wait until the count has been zero for the quiet period; return True, or False when the grace period is over.
-
-        Callers share one drain, and its grace period begins with the first of them. `final`: nothing undoes it.
-        The quiet period begins with the drain at the earliest: a worker may have taken a message just before.
+        Without a prefix a drain is undone as well. With one, one process of several has started:
+        only ids that begin with it are given up.
         """
         with self._condition:
-            now = self._settle()
-            if self._drain is None:
-                self._drain = SimpleNamespace(started=now, ended=None, completed=None, final=final,
-                                              report_at=now + REPORT_SECONDS)
-                self._log_drain(logging.INFO, "drain started", now)
-            drain = self._drain
-            drain.final = drain.final or final
-            if final and not drain.completed:       # one that timed out is looked at again
-                drain.completed = None
-            while drain.completed is None:
-                now = self._settle()
-                over_at = drain.started + self.grace_period_seconds
-                if not self._active:
-                    over_at = min(over_at, max(self._idle_since, drain.started) + self.quiet_period_seconds)
-                if now >= over_at:
-                    self._end_drain(now)
-                    break
+            now = time.monotonic()
+            self._catch_up(now)
+            left = [request for request in self._active.values()
+                    if request.id.startswith(prefix or "")]
+            if prefix is None and self._phase != SERVING:
+                self._undo(now, "reset")            # first, or the drain would complete
+            self._give_up(left, now)
+            return len(left)
+
+    # -- drains
+
+    def begin_drain(self, terminating: bool = False) -> Drain:
+        """Begin a drain, or join the latest; return it. terminating: it is for SIGTERM."""
+        with self._condition:
+            now = time.monotonic()
+            self._catch_up(now, look=True)
+            self._terminating = self._terminating or terminating
+            again = self._phase == DRAINED and (
+                not terminating if self._drain.outcome == TIMED_OUT else self._active)
+            if self._phase == SERVING or again:
+                self._begin(now)
+            return self._drain
+
+    def wait(self, drain: Drain, seconds: float = float("inf")) -> str | None:
+        """Wait until a drain is over; return its outcome, or None when the seconds are over."""
+        with self._condition:
+            over_at = time.monotonic() + seconds
+            while True:
+                now = time.monotonic()
+                self._catch_up(now, look=True)
+                if drain.outcome or now >= over_at:
+                    return drain.outcome
                 if now >= drain.report_at:
                     drain.report_at = now + REPORT_SECONDS
-                    self._log_drain(logging.INFO, "draining", now)
-                self._condition.wait(min(over_at, drain.report_at, self._next_expiry()) - now)
-            return drain.completed
+                    log.info("draining", self._drain_fields(now))
+                self._condition.wait(min(over_at, self._due_at(), now + LOOK_SECONDS) - now)
 
-    def snapshot(self):
-        """Return every figure as of one moment, as a dict; times are in seconds since the epoch."""
+    def passed_on(self) -> None:
+        """Take note that `run` has sent the worker its signal."""
         with self._condition:
-            now = self._settle()
-            phase, drain = self._phase(), self._drain
+            self._passed_on_at = time.monotonic()
+
+    def phase(self) -> str:
+        with self._condition:
+            self._catch_up(time.monotonic())
+            return self._phase
+
+    # -- held starts
+
+    def answer_of_held(self, request: InFlight):
+        """Answer a held start if it is due; return its answer, or None while it is held.
+
+        Its connection asks several times a second. It is due when:
+        - it has become active, or has ended, by another call with its id;
+        - draining: it is the oldest, and nothing has ended for BLOCKED_SECONDS. The hold may be
+          what blocks the worker: an event loop that waits for us, a request within a request. It is
+          a trial: if the count falls below what it was within a second, all are answered (`_remove`);
+        - draining: it was held for HELD_LONGEST_SECONDS;
+        - drained, and its worker is still there, HELD_SECONDS later or newly started: only that was
+          restarted, or a person drained, and the drain is undone;
+        - drained after SIGTERM: a second after `run` passed it on. A sidecar just exits.
+        """
+        with self._condition:
+            now = time.monotonic()
+            self._catch_up(now)
+            if request.answer:
+                pass
+            elif request.id in self._active or request.id in self._early_ends:
+                self._answer(request, now)
+            elif self._phase == DRAINING:
+                self._answer_while_draining(request, now)
+            elif self._passed_on_at is not None:
+                if now >= self._passed_on_at + PASSED_ON_SECONDS:
+                    self._answer_all(now)
+            elif now >= self._drain.ended + HELD_SECONDS or self._restarted(now):
+                self._undo(now, "the worker of a held start is still there")
+            return request.answer
+
+    def client_gone(self, request: InFlight) -> None:
+        """Take note that a held start's client hung up before it heard the answer.
+
+        It gave up and works on, or it was killed; nobody can tell. So it is counted, and lapses
+        unless it ends. To give up shows a time-out for the whole call: no more are held.
+        """
+        with self._condition:
+            now = time.monotonic()
+            self._catch_up(now)
+            oldest = self._processes.oldest_began(now)
+            if not request.answer:
+                self._let_go(request, now)
+                if request.id in self._active or request.local and oldest and request.asked < oldest:
+                    return
+                self._count(request, now)
+                self._hold_no_more(now, "a client gave up")
+            if request.id in self._active:
+                self._without_id.pop(request.id, None)
+                self._unheard[request.id] = None
+                request.lapses_at = now + max([LAPSE_SECONDS, *self._latest_durations])
+
+    def held_count(self) -> int:
+        with self._condition:
+            return len(self._held)
+
+    # -- figures
+
+    def snapshot(self) -> dict:
+        """Return every figure as of one moment; times are in seconds since the epoch."""
+        with self._condition:
+            now = time.monotonic()
+            self._catch_up(now, look=True)
+            drain = None if self._phase == SERVING else self._drain
+            oldest = next(iter(self._active.values()), None)
+            held = next(iter(self._held), None)
             return {
                 "active_requests": len(self._active),
                 "total_requests": self._started,
                 "last_request_time": self._last_start_time,
                 "start_time": self._start_time,
-                "idle_duration_seconds": 0.0 if self._active else now - self._idle_since,
-                "phase": phase,
-                "oldest_request_age_seconds": now - next(iter(self._active.values()), now),
-                "unmatched_ends": self._unmatched_ends,
+                "is_processing": len(self._active) > 0,
+                "idle_duration_seconds": 0.0 if oldest else now - self._idle_since,
+                "phase": self._phase,
+                "draining": int(self._phase != SERVING),
+                "oldest_request_age_seconds": now - oldest.started if oldest else 0.0,
+                "unmatched_ends": self._unmatched,
                 "expired_requests": self._expired,
-                "drains": dict(self._drains),
-                "drain_elapsed_seconds": now - drain.started if phase == DRAINING else None,
+                "left_behind_requests": self._left_behind,
+                "held_starts": len(self._held),
+                "oldest_held_start_age_seconds": now - held.asked if held else 0.0,
+                "drains": dict(self._outcomes),
+                "drain_elapsed_seconds": (drain.ended or now) - drain.began if drain else None,
                 "drain_remaining_seconds":
-                    max(drain.started + self.grace_period_seconds - now, 0.0) if phase == DRAINING else None,
+                    max(drain.grace_over_at - now, 0.0) if self._phase == DRAINING else None,
                 "grace_period_seconds": self.grace_period_seconds,
-                "duration_counts": list(self._duration_counts),
-                "duration_sum": self._duration_sum,
+                "durations": (list(self._duration_counts), self._duration_sum),
             }
 
-    def active_requests(self):
+    def active_requests(self) -> list:
         """Return [(id, age in seconds), ...] of the active requests, oldest first."""
         with self._condition:
-            now, active = self._settle(), list(self._active.items())
-        return [(request_id, now - started) for request_id, started in active]
+            now = time.monotonic()
+            self._catch_up(now, look=True)
+            active = list(self._active.values())
+        return [(request.id, now - request.started) for request in active]
 
-    def _settle(self, request_started=False):
-        """Do what the time that has passed asks for; return the monotonic clock. Each method above begins with it."""
-        now = time.monotonic()
-        while now >= self._next_expiry():
-            self._give_up(now)
-        if self._phase() == DRAINED and not self._drain.final:
-            if request_started or now >= self._drain.ended + self.grace_period_seconds:
-                self._drain = None
-                log.info("serving again", {"reason": "request started" if request_started else "no SIGTERM came"})
-        return now
+    # -- what time brings; all below is called with the lock held
 
-    def _next_expiry(self):
-        return next(iter(self._active.values()), float("inf")) + self.request_timeout_seconds
+    def _catch_up(self, now, look=False):
+        """Do what has become due since the last call. look: at the pod's processes too, whose
+        requests are given up once they are gone.
+        """
+        oldest = self._processes.oldest_began(now) if look else None
+        if oldest and oldest > self._oldest_process + 0.01:     # which is how coarse /proc's clock is
+            self._oldest_process = oldest
+            left = [request for request in self._active.values()
+                    if request.local and request.asked < oldest]
+            self._left_behind += len(left)
+            self._give_up(left, now)
+        self._give_up([self._active[name] for name in self._unheard
+                       if now >= self._active[name].lapses_at], now)
+        while self._active and self._is_too_old(next(iter(self._active.values())), now):
+            self._give_up([next(iter(self._active.values()))], now)
+        while self._early_ends and now >= next(iter(self._early_ends.values()))[0] + EARLY_END_SECONDS:
+            self._early_ends.popitem(last=False)
+        self._finish_if_due(now)
 
-    def _give_up(self, now):
-        request_id = next(iter(self._active))
-        brought = request_id not in self._without_id
-        started = self._remove(request_id, now)
-        remember(self._given_up, request_id, (started, brought))
-        self._expired += 1
-        log.warning("request given up", {"request_id": request_id, "age_seconds": round(now - started, 3)})
+    def _is_too_old(self, request, now):
+        held_meanwhile = self._held_until(now) - request.held_before    # its time stands still then
+        return now - request.started - held_meanwhile >= self.request_timeout_seconds
 
-    def _remove(self, request_id, now):
-        started = self._active.pop(request_id)
-        self._without_id.pop(request_id, None)
-        if not self._active:
-            self._idle_since = now
-            self._condition.notify_all()
-        return started
+    def _due_at(self):
+        """Return when the drain that is under way will be over if nothing happens."""
+        if self._active:
+            return self._drain.grace_over_at
+        idle_since = max(self._idle_since, self._drain.began)   # a message may just have been taken
+        return min(self._drain.grace_over_at, idle_since + self.quiet_period_seconds)
 
-    def _phase(self):
-        if self._drain is None:
-            return SERVING
-        return DRAINING if self._drain.completed is None else DRAINED
+    def _restarted(self, now):
+        """Tell whether all of the worker's processes have begun since the drain was over."""
+        oldest = self._processes.oldest_began(now)
+        return oldest is not None and self._drain.ended < oldest < now
 
-    def _end_drain(self, now):
-        self._drain.ended, self._drain.completed = now, not self._active
-        if self._drain.completed:
-            self._drains["completed"] += 1
-            self._log_drain(logging.INFO, "drain completed", now)
-        else:
-            self._drains["timed_out"] += 1
-            self._log_drain(logging.WARNING, "drain timed out", now)
-            for request_id, started in self._active.items():
-                log.warning("still active", {"request_id": request_id, "age_seconds": round(now - started, 3)})
+    # -- the transitions of a drain
+
+    def _begin(self, now):
+        self._phase, self._drain = DRAINING, Drain(now, self.grace_period_seconds)
+        log.info("drain started", self._drain_fields(now))
+        self._finish_if_due(now)
+
+    def _finish_if_due(self, now):
+        if self._phase == DRAINING and now >= self._due_at():
+            self._phase = DRAINED
+            self._end_drain(now, TIMED_OUT if self._active else COMPLETED)
+            log.log(logging.WARNING if self._active else logging.INFO, "drain "
+                    + self._drain.outcome.replace("_", " "), self._drain_fields(now))
+            for request in self._active.values():
+                log.warning("still active", described(request, now))
+
+    def _undo(self, now, reason):
+        if not self._terminating:
+            if self._phase == DRAINING:
+                self._end_drain(now, UNDONE)
+            self._phase = SERVING
+            log.info("serving again", {"reason": reason})
+            self._answer_all(now)
+
+    def _end_drain(self, now, outcome):
+        self._drain.ended, self._drain.outcome = now, outcome
+        self._outcomes[outcome] += 1
         self._condition.notify_all()
 
-    def _log_drain(self, level, event, now):
-        fields = {"active_requests": len(self._active), "elapsed_seconds": round(now - self._drain.started, 3)}
-        for request_id, started in self._active.items():
-            fields.update(oldest_request_id=request_id, oldest_age_seconds=round(now - started, 3))
+    def _drain_fields(self, now):
+        fields = {"active_requests": len(self._active), "held_starts": len(self._held),
+                  "elapsed_seconds": rounded(now - self._drain.began)}
+        for request in self._active.values():
+            fields.update(("oldest_" + name, value) for name, value in described(request, now).items())
             break
-        log.log(level, event, fields)
+        return fields
+
+    # -- requests
+
+    def _count(self, request, now):
+        """Count a request and answer its start; count nothing where its end came first."""
+        if request.id in self._active:
+            self._unheard.pop(request.id, None)     # this time its client hears the answer
+        else:
+            self._started += 1
+            self._last_start_time = time.time()
+            if not request.brought_id:
+                request.id = "%s-%d" % (self._id_prefix, self._started)
+                self._without_id[request.id] = None
+            self._forget_given_up(request.id)
+            request.started, request.held_before = now, self._held_until(now)
+            if request.id in self._early_ends:
+                self._record(request, request.id, self._early_ends.pop(request.id)[1], now)
+            else:
+                self._active[request.id] = request
+        request.answer = request.id, len(self._active), self._phase != SERVING
+
+    def _oldest_without_id(self):
+        """Return the id that an end without one means; None where there is none."""
+        unheard = (name for name in self._unheard if not self._active[name].brought_id)
+        return next(iter(self._without_id), None) or next(unheard, None) \
+            or next(iter(self._given_up_without_id), None)
+
+    def _remove(self, request_id, now):
+        """Take a request out of the count, if it is in it, and return it."""
+        request = self._active.pop(request_id, None)
+        if request:
+            self._without_id.pop(request_id, None)
+            self._unheard.pop(request_id, None)
+            if not self._active:
+                self._idle_since = now
+                self._condition.notify_all()        # a quiet period begins
+            if self._phase == DRAINING:
+                tried_at, count = self._drain.trial
+                if len(self._active) < count and now <= tried_at + TRIAL_SECONDS:
+                    self._hold_no_more(now, "the worker was blocked")
+            self._finish_if_due(now)
+        return request
+
+    def _record(self, request, named, seconds, now):
+        """Put an end into the histogram, and remember the id if the end named one."""
+        self._last_end = now
+        measured = now - request.started
+        self._latest_durations.append(measured)
+        seconds = measured if seconds is None else seconds
+        self._duration_counts[bisect_left(BUCKETS, seconds)] += 1
+        self._duration_sum += seconds
+        if named is not None:
+            remember(self._ended_ids, named, None)
+
+    def _give_up(self, requests, now):
+        for request in requests:
+            unheard = request.id in self._unheard
+            self._remove(request.id, now)
+            remember(self._given_up, request.id, request)
+            if not request.brought_id:
+                remember(self._given_up_without_id, request.id, None)
+            self._expired += 1
+            log.log(logging.INFO if unheard else logging.WARNING, "request given up",
+                    described(request, now))
+
+    def _forget_given_up(self, request_id):
+        self._given_up_without_id.pop(request_id, None)
+        return self._given_up.pop(request_id, None)
+
+    # -- held starts
+
+    def _hold(self, request, now):
+        if not self._held:
+            self._held_since = now
+        self._held[request] = None
+        if not self._drain.has_held:
+            self._drain.has_held = True
+            log.info("holding starts", self._drain_fields(now))
+
+    def _held_until(self, now):
+        """Return for how many seconds, in all, anything was held."""
+        return self._held_seconds + (now - self._held_since if self._held else 0.0)
+
+    def _let_go(self, request, now):
+        held_seconds = self._held_until(now)
+        del self._held[request]
+        if not self._held:
+            self._held_seconds = held_seconds
+
+    def _answer(self, request, now):
+        self._let_go(request, now)
+        self._count(request, now)
+
+    def _answer_all(self, now):
+        for request in list(self._held):
+            self._answer(request, now)
+
+    def _answer_while_draining(self, request, now):
+        blocked_at = max(self._last_end, self._held_since, self._drain.trial[0]) + BLOCKED_SECONDS
+        if now >= blocked_at and request is next(iter(self._held)):
+            trial = now, len(self._active)
+            self._answer(request, now)
+            self._drain.trial = trial
+        elif now >= request.asked + HELD_LONGEST_SECONDS:
+            self._answer(request, now)
+
+    def _hold_no_more(self, now, reason):
+        if self._phase == DRAINING and self._drain.holds:
+            self._drain.holds = False
+            log.info("starts are not held any longer", {"reason": reason})
+            self._answer_all(now)
+
+
+def described(request, now):
+    return {"request_id": request.id, "age_seconds": rounded(now - request.started)}
 
 
 def remember(latest, key, value):
@@ -328,239 +640,198 @@ def remember(latest, key, value):
         latest.popitem(last=False)
 
 
-# ---- What is shown --------------------------------------------------------------------------------------------------
+# ---- The pod's processes --------------------------------------------------------------------------
 
-def render_json(snapshot):
-    """Return the dict that GET /metrics on SIDECAR_PORT answers."""
-    return {
-        "active_requests": snapshot["active_requests"],
-        "total_requests": snapshot["total_requests"],
-        "last_request_time": rfc3339(snapshot["last_request_time"]),
-        "start_time": rfc3339(snapshot["start_time"]),
-        "is_processing": snapshot["active_requests"] > 0,
-        "idle_duration_seconds": rounded(snapshot["idle_duration_seconds"]),
-        "phase": snapshot["phase"],
-        "oldest_request_age_seconds": rounded(snapshot["oldest_request_age_seconds"]),
-        "unmatched_ends": snapshot["unmatched_ends"],
-        "expired_requests": snapshot["expired_requests"],
-        "drain_elapsed_seconds": rounded(snapshot["drain_elapsed_seconds"]),
-        "drain_remaining_seconds": rounded(snapshot["drain_remaining_seconds"]),
-        "grace_period_seconds": snapshot["grace_period_seconds"],
-        "version": __version__,
-    }
+class PodProcesses:
+    """The processes of the pod's other containers, where the pod shares its process namespace.
 
-
-def render_prometheus(snapshot, openmetrics=False):
-    """Return the text of GET /metrics on METRICS_PORT.
-
-    Prometheus text 0.0.4 (https://prometheus.io/docs/instrumenting/exposition_formats/), or OpenMetrics 1.0
-    (https://prometheus.io/docs/specs/om/open_metrics_spec/), which names a counter's family without its _total.
+    There the container runtime's pause process is PID 1, and /proc shows every container's. All of
+    them but that one, this one and zombies are taken for the worker's.
     """
-    lines = []
-    for name, kind, description, samples in metric_families(snapshot):
-        family = name
-        if openmetrics and kind == "counter":
-            family = name[:-len("_total")]
-        elif openmetrics and name.endswith("_info"):
-            family, kind = name[:-len("_info")], "info"
-        lines += ["# HELP %s %s" % (family, description), "# TYPE %s %s" % (family, kind)]
-        lines += ["%s%s%s %s" % (name, suffix, labels, value) for suffix, labels, value in samples]
-    return "\n".join(lines + ["# EOF"] * openmetrics) + "\n"
+
+    def __init__(self, shared: bool | None = None) -> None:
+        self.shared = pause_is_pid_1() if shared is None else shared
+        self._any_seen = False
+
+    def oldest_began(self, now: float) -> float | None:
+        """Return when the oldest of them began, on the monotonic clock, which shows `now`.
+
+        `now` where none is left. None where it cannot be told: the pod shares no namespace, one of
+        them may not be looked at, or none was ever seen.
+        """
+        if not self.shared:
+            return None
+        try:
+            ticks = [start for start in map(start_ticks, other_processes()) if start is not None]
+            since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        except OSError:
+            return None
+        self._any_seen = self._any_seen or bool(ticks)
+        if ticks:
+            return now - since_boot + min(ticks) / os.sysconf("SC_CLK_TCK")
+        return now if self._any_seen else None
 
 
-def metric_families(snapshot):
-    """Return [(name, type, help, [(suffix, labels, value), ...]), ...]; process_* only where /proc tells them."""
-    def one(value, labels=""):
-        return [("", labels, value)]
-
-    return [
-        ("sidecar_active_requests", "gauge", "Requests in flight.", one(snapshot["active_requests"])),
-        ("sidecar_requests_total", "counter", "Requests started.", one(snapshot["total_requests"])),
-        ("sidecar_request_duration_seconds", "histogram", "Durations of the requests that have ended.",
-         histogram(snapshot["duration_counts"], snapshot["duration_sum"])),
-        ("sidecar_unmatched_ends_total", "counter", "Ends that no active request was there for.",
-         one(snapshot["unmatched_ends"])),
-        ("sidecar_requests_expired_total", "counter", "Requests that were given up: too old, or their worker is gone.",
-         one(snapshot["expired_requests"])),
-        ("sidecar_oldest_request_age_seconds", "gauge", "Age of the request that has been active longest, 0 without one.",
-         one(snapshot["oldest_request_age_seconds"])),
-        ("sidecar_draining", "gauge", "1 while draining or drained, else 0.", one(int(snapshot["phase"] != SERVING))),
-        ("sidecar_drains_total", "counter", "Drains that are over, by outcome.",
-         [("", labels(outcome=outcome), count) for outcome, count in snapshot["drains"].items()]),
-        ("sidecar_grace_period_seconds", "gauge", "The longest that a drain may take.",
-         one(snapshot["grace_period_seconds"])),
-        ("sidecar_last_request_timestamp_seconds", "gauge", "When the newest request started, 0 before the first.",
-         one(snapshot["last_request_time"] or 0.0)),
-        ("sidecar_start_time_seconds", "gauge", "When the sidecar started.", one(snapshot["start_time"])),
-        ("sidecar_info", "gauge", "The versions that are running.",
-         one(1, labels(version=__version__, python_version="%d.%d.%d" % sys.version_info[:3]))),
-    ] + process_families()
-
-
-def histogram(counts, total):
-    samples, cumulative = [], 0
-    for bound, count in zip(BUCKETS + ("+Inf",), counts):
-        cumulative += count
-        samples.append(("_bucket", labels(le=bound), cumulative))
-    return samples + [("_sum", "", total), ("_count", "", cumulative)]
-
-
-def process_families():
-    """The conventional process_* metrics: https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics"""
+def pause_is_pid_1():
     try:
-        with open("/proc/self/stat") as stat, open("/proc/stat") as system, open("/proc/self/limits") as limits:
-            fields = stat.read().rpartition(") ")[2].split()            # from the third of proc(5) on
-            booted = float(re.search("^btime ([0-9]+)", system.read(), re.MULTILINE).group(1))
-            max_fds = int(re.search("^Max open files +([0-9]+)", limits.read(), re.MULTILINE).group(1))
-        open_fds = len(os.listdir("/proc/self/fd"))
-        ticks, page_bytes = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-    except (OSError, AttributeError, ValueError):
-        return []
-    return [(name, kind, description, [("", "", value)]) for name, kind, description, value in (
-        ("process_cpu_seconds_total", "counter", "User and system CPU time.", (int(fields[11]) + int(fields[12])) / ticks),
-        ("process_start_time_seconds", "gauge", "When the process started.", booted + int(fields[19]) / ticks),
-        ("process_virtual_memory_bytes", "gauge", "Virtual memory.", int(fields[20])),
-        ("process_resident_memory_bytes", "gauge", "Resident memory.", int(fields[21]) * page_bytes),
-        ("process_open_fds", "gauge", "Open file descriptors.", open_fds),
-        ("process_max_fds", "gauge", "The most file descriptors allowed.", max_fds))]
+        with open("/proc/1/comm") as comm:
+            return comm.read() in ("pause\n", "pod\n")      # CRI-O's is called pod
+    except OSError:
+        return False
 
 
-def labels(**pairs):
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    return "{%s}" % ",".join('%s="%s"' % (name, str(value).translate(escapes)) for name, value in pairs.items())
+def other_processes():
+    own = ("1", str(os.getpid()))
+    return [name for name in os.listdir("/proc") if name.isdigit() and name not in own]
 
+
+def start_ticks(pid):
+    """Return when a process began, in ticks since boot; None for a zombie, or one that is gone."""
+    try:
+        with open("/proc/%s/stat" % pid) as stat:
+            fields = stat.read().rpartition(") ")[2].split()        # fields 3 and following of proc(5)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+# ---- What is shown --------------------------------------------------------------------------------
 
 def rounded(seconds):
     return None if seconds is None else round(seconds, 3)
 
 
 def rfc3339(timestamp):
-    return None if timestamp is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
+    return timestamp and time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
 
 
-# ---- The page -------------------------------------------------------------------------------------------------------
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta name="viewport" content="width=device-width">
-<title>sidecar</title>
-<style>
-:root { color-scheme: light dark; --rule: light-dark(#e2ded6, #303136); --hue: light-dark(#0b766e, #45c4b0) }
-[data-phase^=drain] { --hue: light-dark(#ad5700, #f2a541) }
-[data-phase=gone] { --hue: light-dark(#b3261e, #ff8a7d) }
-* { margin: 0; font: inherit }
-body { max-width: 42rem; margin: auto; padding: 2rem 1.25rem; background: light-dark(#fcfbf9, #141517);
-  color: light-dark(#6b6760, #98948c); font: .875rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
-.ends, #figures tbody { display: flex; justify-content: space-between }
-header, #longest tr { padding-bottom: .5rem; box-shadow: inset 0 -1px var(--rule);
-  background: linear-gradient(var(--hue) 0 0) 0 100% / 0 2px no-repeat }
-#phase, #active { color: var(--hue) }
-#active { margin: 2rem -.05em 0; font-size: 5.5rem; line-height: 1 }
-[data-phase=gone] header ~ * { opacity: .4 }
-svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--rule) }
-path { fill: var(--hue); fill-opacity: .15; stroke: var(--hue); stroke-width: 1.5; vector-effect: non-scaling-stroke }
-table { width: 100%; margin-top: 2rem; border-collapse: collapse }
-td { padding: .4rem 0; overflow-wrap: anywhere }
-td + td { color: CanvasText }
-#longest td + td { padding-left: 1rem; text-align: right; white-space: nowrap }
-#figures tr { flex: 1 }
-#figures td { display: block; padding: 0; white-space: nowrap }
-</style>
-<header class="ends"><h1>sidecar</h1><p id="phase"></p></header>
-<p id="active"></p>
-<p class="ends"><span>in flight</span><span id="peak"></span></p>
-<svg viewBox="0 -1 180 101" preserveAspectRatio="none"><path/></svg>
-<p class="ends"><span>3 min ago</span><span>now</span></p>
-<table id="figures"></table>
-<table id="longest"></table>
-<script>
-const WINDOW = 180, GAP = 4;  // seconds: the width of the chart, and the silence that it shows
-const find = css => document.querySelector(css);
-let samples = [], most = 0, heard = "";
-
-// Only where it differs: nothing flickers, and a selection stays.
-function put(element, value) {
-  const text = value.toLocaleString();
-  if (element.textContent !== text) element.textContent = text;
-}
-
-function bar(element, share) {
-  element.style.backgroundSize = 100 * share + "% 2px";
-}
-
-function rows(table, content) {
-  while (table.rows.length > content.length) table.deleteRow(-1);
-  content.forEach((values, i) => {
-    const row = table.rows[i] || table.insertRow();
-    values.forEach((value, j) => put(row.cells[j] || row.insertCell(), value));
-  });
-}
-
-function time(s) {
-  if (s < 60) return s.toFixed(1) + " s";
-  return s < 3600 ? `${s / 60 | 0} min ${s % 60 | 0} s` : `${s / 3600 | 0} h ${s / 60 % 60 | 0} min`;
-}
-
-function phase(name, story, share) {
-  document.documentElement.dataset.phase = name;
-  put(find("#phase"), document.title = name + story);
-  bar(find("header"), share);
-}
-
-function show(m, requests) {
-  const active = m.active_requests, left = m.drain_remaining_seconds, longest = find("#longest");
-  most = left === null ? 0 : Math.max(most, active);
-  phase(m.phase, left === null ? "" : `: ${active} of ${most} to go, ${Math.ceil(left)} s left`,
-    left / m.grace_period_seconds);
-  put(find("#active"), active);
-  rows(find("#figures"), [
-    ["started", m.total_requests], ["given up", m.expired_requests], ["unmatched ends", m.unmatched_ends]]);
-  rows(longest, requests.map(r => [r.request_id, time(r.age_seconds)]));
-  requests.forEach((r, i) => bar(longest.rows[i], r.age_seconds / requests[0].age_seconds));
-}
-
-function draw(now) {
-  samples = samples.filter(s => s.at > now - WINDOW);
-  const peak = Math.max(1, ...samples.map(s => s.active)), x = at => (WINDOW - 1 - now + at).toFixed(2);
-  put(find("#peak"), "peak " + peak);
-  find("path").setAttribute("d", samples.map(({ at, active }, i) => {
-    const near = s => s && Math.abs(s.at - at) < GAP, next = samples[i + 1];
-    return (near(samples[i - 1]) ? "" : `M${x(at)} 100`) + "V" + (100 - 100 * active / peak)
-      + (near(next) ? "H" + x(next.at) : `H${x(at + 2)}V100`);
-  }).join(""));
-}
-
-async function ask(path) {
-  const answer = await fetch(path, { signal: AbortSignal.timeout(3000) });
-  return answer.ok ? answer.json() : Promise.reject();
-}
-
-async function tick() {
-  const answers = await Promise.all([ask("metrics"), ask("requests")]).catch(() => 0), now = Date.now() / 1000;
-  if (answers) {
-    samples.push({ at: now, active: answers[0].active_requests });
-    show(answers[0], answers[1].slice(0, 10));
-    heard = ": no answer since " + new Date().toLocaleTimeString();
-  } else phase("gone", heard, 0);
-  draw(now);
-  setTimeout(tick, 1000);
-}
-tick();
-</script>
-"""
+def unchanged(value):
+    return value
 
 
-def content_security_policy():
-    """Return the page's Content-Security-Policy: its own script and style, its own origin to ask, and nothing else."""
-    import base64           # here, because a start shall not pay for what only a person with a browser wants
-    import hashlib
+# A figure of the snapshot, how JSON shows it (None: not at all), and its metric, if it has one.
+Figure = namedtuple("Figure", "key in_json help metric kind", defaults=(None, None))
+FIGURES = (
+    Figure("active_requests", unchanged, "Requests in flight.", "sidecar_active_requests", "gauge"),
+    Figure("total_requests", unchanged, "Requests started.", "sidecar_requests_total", "counter"),
+    Figure("last_request_time", rfc3339, "When the newest request started; 0 before the first.",
+           "sidecar_last_request_timestamp_seconds", "gauge"),
+    Figure("start_time", rfc3339, "When the sidecar started.",
+           "sidecar_start_time_seconds", "gauge"),
+    Figure("is_processing", unchanged, "Whether a request is in flight."),
+    Figure("idle_duration_seconds", rounded, "How long nothing has been in flight."),
+    Figure("durations", None, "Durations of the requests that have ended.",
+           "sidecar_request_duration_seconds", "histogram"),
+    Figure("oldest_request_age_seconds", rounded,
+           "Age of the request that has been active longest; 0 without one.",
+           "sidecar_oldest_request_age_seconds", "gauge"),
+    Figure("unmatched_ends", unchanged, "Ends that matched no active request.",
+           "sidecar_unmatched_ends_total", "counter"),
+    Figure("expired_requests", unchanged,
+           "Requests that were given up: too old, or their worker is gone.",
+           "sidecar_requests_expired_total", "counter"),
+    Figure("left_behind_requests", unchanged,
+           "Those of them that were left behind by a process that is gone.",
+           "sidecar_requests_left_behind_total", "counter"),
+    Figure("phase", unchanged, "serving, draining, or drained: a drain is over."),
+    Figure("draining", None, "1 while draining or drained, else 0.", "sidecar_draining", "gauge"),
+    Figure("drain_elapsed_seconds", rounded,
+           "How long the drain has taken until now, or took in all; 0 while serving.",
+           "sidecar_drain_elapsed_seconds", "gauge"),
+    Figure("drain_remaining_seconds", rounded, "What a drain has left of the grace period."),
+    Figure("grace_period_seconds", unchanged, "The longest that a drain may take.",
+           "sidecar_grace_period_seconds", "gauge"),
+    Figure("held_starts", unchanged, "Starts that are held: neither counted nor answered yet.",
+           "sidecar_held_starts", "gauge"),
+    Figure("oldest_held_start_age_seconds", rounded,
+           "How long the oldest of them has been held; 0 without one.",
+           "sidecar_oldest_held_start_age_seconds", "gauge"),
+    Figure("drains", None, "Drains that are over, by outcome.", "sidecar_drains_total", "counter"),
+    Figure("version", unchanged, "The version of the sidecar."),
+    Figure("info", None, "The versions that are running.", "sidecar_info", "info"),
+)
 
-    def digest(tag):
-        text = PAGE.split("<%s>" % tag)[1].split("</%s>" % tag)[0]
-        return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-    return ("default-src 'none'; connect-src 'self'; script-src %s; style-src %s; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'" % (digest("script"), digest("style")))
+def render_json(snapshot: dict) -> dict:
+    """Return what GET /metrics on SIDECAR_PORT answers."""
+    snapshot = dict(snapshot, version=__version__)
+    return {figure.key: figure.in_json(snapshot[figure.key])
+            for figure in FIGURES if figure.in_json}
+
+
+def render_prometheus(snapshot: dict, openmetrics: bool = False) -> str:
+    """Return the text of GET /metrics on METRICS_PORT.
+
+    Prometheus text 0.0.4 (https://prometheus.io/docs/instrumenting/exposition_formats/), or
+    OpenMetrics 1.0 (https://prometheus.io/docs/specs/om/open_metrics_spec/), which names a
+    counter's family without its _total, and an info's without its _info.
+    """
+    info = {"version": __version__, "python_version": "%d.%d.%d" % sys.version_info[:3]}
+    snapshot = dict(snapshot, info=info)
+    families = [(figure.metric, figure.kind, figure.help, samples(figure, snapshot[figure.key]))
+                for figure in FIGURES if figure.metric]
+    lines = []
+    for name, kind, description, values in families + process_families():
+        family = name
+        if openmetrics and kind in ("counter", "info"):
+            family = name.rpartition("_")[0]
+        elif kind == "info":
+            kind = "gauge"
+        lines += ["# HELP %s %s" % (family, description), "# TYPE %s %s" % (family, kind)]
+        lines += ["%s%s %s" % (name, suffix, value) for suffix, value in values]
+    return "\n".join(lines + ["# EOF"] * openmetrics) + "\n"
+
+
+def samples(figure, value):
+    """Return [(what follows the metric's name, value), ...]."""
+    if figure.kind == "histogram":
+        return histogram(*value)
+    if figure.kind == "info":
+        return [(labels(**value), 1)]
+    if isinstance(value, dict):
+        return [(labels(outcome=outcome), count) for outcome, count in value.items()]
+    return [("", value or 0)]
+
+
+def histogram(counts, total):
+    found, cumulative = [], 0
+    for bound, count in zip(BUCKETS + ("+Inf",), counts):
+        cumulative += count
+        found.append(("_bucket" + labels(le=bound), cumulative))
+    return found + [("_sum", total), ("_count", cumulative)]
+
+
+def process_families():
+    """Return the conventional process_* metrics; none where there is no /proc, as on macOS.
+
+    https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics
+    """
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/stat") as system, \
+                open("/proc/self/limits") as limits:
+            fields = stat.read().rpartition(") ")[2].split()        # fields 3 and following of proc(5)
+            booted = float(re.search("^btime ([0-9]+)", system.read(), re.MULTILINE).group(1))
+            max_fds = re.search("^Max open files +([0-9]+)", limits.read(), re.MULTILINE).group(1)
+        open_fds = len(os.listdir("/proc/self/fd"))
+        ticks, page_bytes = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError, ValueError):
+        return []
+    cpu_seconds = (int(fields[11]) + int(fields[12])) / ticks
+    return [(name, kind, description, [("", value)]) for name, kind, description, value in (
+        ("process_cpu_seconds_total", "counter", "User and system CPU time.", cpu_seconds),
+        ("process_start_time_seconds", "gauge", "When the process started.",
+         booted + int(fields[19]) / ticks),
+        ("process_virtual_memory_bytes", "gauge", "Virtual memory.", int(fields[20])),
+        ("process_resident_memory_bytes", "gauge", "Resident memory.",
+         int(fields[21]) * page_bytes),
+        ("process_open_fds", "gauge", "Open file descriptors.", open_fds),
+        ("process_max_fds", "gauge", "The most file descriptors allowed.", int(max_fds)))]
+
+
+def labels(**pairs):
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    return "{%s}" % ",".join('%s="%s"' % (name, str(value).translate(escapes))
+                             for name, value in pairs.items())
 
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
@@ -582,6 +853,7 @@ CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?")
 
 Request = namedtuple("Request", "method path query headers keep_alive client")
 Answer = namedtuple("Answer", "status content_type body headers")
+Held = namedtuple("Held", "answer client_gone")     # of a start: functions; the first may return None
 
 
 def json_answer(content, status=200, headers=""):
@@ -592,6 +864,10 @@ def counted(active, draining, before=""):
     """Return the answer to a start or an end. Each message pays for two of these, and json.dumps costs more by 4 us."""
     return Answer(200, "application/json", '{%s"active_requests": %d, "draining": %s}\n'
                   % (before, active, "true" if draining else "false"), "")
+
+
+def started_answer(request_id=None, active=0, draining=False):
+    return request_id and counted(active, draining, '"request_id": %s, ' % json.dumps(request_id))
 
 
 class HTTPError(Exception):
@@ -644,7 +920,10 @@ class Connection(socketserver.BaseRequestHandler):
         except Exception as error:
             log.error("request failed", {"path": request.path, "error": "%s: %s" % (type(error).__name__, error)})
             answer = json_answer({"error": "the sidecar failed; its log says how"}, 500)
-        self.send(answer, request.keep_alive, with_body=request.method != "HEAD")
+        if isinstance(answer, Held):
+            answer = self.send_held(answer, request.keep_alive)
+        else:
+            self.send(answer, request.keep_alive, with_body=request.method != "HEAD")
         if log.isEnabledFor(logging.DEBUG):
             log.debug("request", {"client": request.client, "method": request.method, "path": request.path,
                                   "query": request.query or "", "status": answer.status})
@@ -751,11 +1030,36 @@ class Connection(socketserver.BaseRequestHandler):
             raise ConnectionError("closed by the client")
         self.received += piece
 
-    def send(self, answer, keep_alive, with_body=True):
+    def send_held(self, held, keep_alive):
+        """Send the answer to a held start as soon as there is one, and return it.
+
+        Its status line and the name of a header go out at once, then a byte of that header's value
+        now and then: a client that gives each read some time sees that something comes, and one
+        that has hung up shows (POLLHUP or POLLERR; a half-closed connection has neither).
+        """
+        gone = select.poll()
+        gone.register(self.request, 0)
+        try:
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nHeld: ")
+            answer = held.answer()
+            while not answer:
+                if self.server.finishing or gone.poll(TRICKLE_SECONDS * 1000):
+                    raise ConnectionError("the client of a held start, or this process, goes away")
+                self.request.sendall(b".")
+                answer = held.answer()
+            self.send(answer, keep_alive, begun=True)
+        except OSError:
+            held.client_gone()
+            raise
+        return answer
+
+    def send(self, answer, keep_alive, with_body=True, begun=False):
         body = answer.body.encode()
         head = ("HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nCache-Control: no-store\r\nConnection: %s\r\n%s"
                 "\r\n" % (answer.status, http.client.responses[answer.status], answer.content_type, len(body),
                           "keep-alive" if keep_alive else "close", answer.headers))
+        if begun:
+            head = head[head.index("\r\n"):]
         self.request.sendall(head.encode() + body if with_body else head.encode())
 
     def linger(self):
@@ -887,8 +1191,9 @@ class Server(http.server.ThreadingHTTPServer):
 class Api:
     """The endpoints: each takes a Request and returns an Answer."""
 
-    def __init__(self, tracker, trusted_clients):
+    def __init__(self, tracker, trusted_clients, holds=False):
         self.tracker, self.trusted_clients = tracker, trusted_clients
+        self.holds = holds                  # whether a start is held that does not say what it wants
         self.trusts = functools.lru_cache(maxsize=1024)(self.trusts)
         drain = self.local_only(self.drain)
         self.routes = {
@@ -934,12 +1239,20 @@ class Api:
         return Answer(200, "text/plain; charset=utf-8", "".join(endpoints[1:])[1:], "")
 
     def start_request(self, request):
-        request_id, active, draining = self.tracker.start(request_id_of(parameters(request)))
-        return counted(active, draining, '"request_id": %s, ' % json.dumps(request_id))
+        values = parameters(request)
+        hold = values.get("hold", "true" if self.holds else "false")
+        if hold not in ("true", "false"):
+            raise HTTPError(400, "hold %r: expected true or false" % hold[:100])
+        started = self.tracker.start(name_of(values, "id"), hold == "true",
+                                     is_loopback(request.client))
+        if started.answer:
+            return started_answer(*started.answer)
+        return Held(lambda: started_answer(*self.tracker.answer_of_held(started) or ()),
+                    lambda: self.tracker.client_gone(started))
 
     def end_request(self, request):
         values = parameters(request)
-        request_id = request_id_of(values)
+        request_id = name_of(values, "id")
         seconds = bad_duration = None
         if "duration" in values:
             try:
@@ -956,23 +1269,25 @@ class Api:
         return counted(active, draining)
 
     def reset(self, request):
-        return json_answer({"given_up": self.tracker.reset()})
+        prefix = name_of(parameters(request), "prefix")
+        return json_answer({"given_up": self.tracker.reset(prefix)})
 
     def requests(self, request):
         return json_answer([{"request_id": request_id, "age_seconds": rounded(age)}
                             for request_id, age in self.tracker.active_requests()])
 
     def ready(self, request):
-        phase = self.tracker.snapshot()["phase"]
+        phase = self.tracker.phase()
         if phase != SERVING:
             raise HTTPError(503, phase)
         return json_answer({"status": "ready"})
 
     def drain(self, request):
-        completed = self.tracker.drain()
+        outcome = self.tracker.wait(self.tracker.begin_drain())
         active = self.tracker.snapshot()["active_requests"]
-        if not completed:
-            raise HTTPError(503, "the grace period is over", active_requests=active)
+        if outcome != COMPLETED:
+            raise HTTPError(503, "the grace period is over" if outcome == TIMED_OUT else outcome,
+                            active_requests=active)
         return json_answer({"status": "drained", "active_requests": active})
 
     def prometheus(self, request):
@@ -990,11 +1305,19 @@ def parameters(request):
     return values
 
 
-def request_id_of(values):
-    request_id = values.get("id")
-    if request_id is not None and not (0 < len(request_id) <= 128 and request_id.isprintable()):
-        raise HTTPError(400, "id %r: expected 1 to 128 printable characters, once" % request_id[:128])
-    return request_id
+def name_of(values, parameter):
+    """Return an id, or the beginning of one; None where the query has none."""
+    name = values.get(parameter)
+    if name is not None and not (0 < len(name) <= 128 and name.isprintable()):
+        raise HTTPError(400, "%s %r: expected 1 to 128 printable characters, once"
+                        % (parameter, name[:128]))
+    return name
+
+
+@functools.lru_cache(maxsize=1024)
+def is_loopback(host):
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 # ---- The process ----------------------------------------------------------------------------------------------------
@@ -1065,42 +1388,77 @@ def listen(variable, host, port, routes):
 SHUT_DOWN = {signal.SIGTERM, signal.SIGINT}
 
 
-def serve(command=()):
-    """Serve until a signal comes, drain, and exit. With a command: run it as the worker, and exit when and as it does."""
+def serve(command: list = ()) -> None:
+    """Serve until a signal comes, drain, and exit. With a command: run it as the worker, and exit
+    when and as it does. Never returns.
+    """
     try:
         settings = Settings(os.environ)
     except ValueError as error:
         fail(error)
-    # Signals wait until all is set up (so none is lost as PID 1), and the threads, which inherit the mask, get none.
+    # Signals wait until all is set up, so that none is lost as PID 1; no thread gets any.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON if command else SHUT_DOWN)
+    processes = PodProcesses()
     tracker = RequestTracker(settings.grace_period_seconds, settings.quiet_period_seconds,
-                             settings.request_timeout_seconds)
-    api = Api(tracker, settings.trusted_clients)
+                             settings.request_timeout_seconds, processes)
+    sure_to_end = processes.shared or bool(command)     # SIGTERM ends a worker without a handler
+    holds = settings.hold_starts == "always" or settings.hold_starts == "auto" and sure_to_end
+    api = Api(tracker, settings.trusted_clients, holds)
     servers = [listen("SIDECAR_PORT", settings.host, settings.port, api.routes),
                listen("METRICS_PORT", settings.host, settings.metrics_port, api.metrics_routes)]
-    worker = start_worker(command, servers[0].url, mask) if command else None       # it forks: before any thread
-    stay_on_one_cpu()                       # the threads that follow inherit it; the worker does not
-    log.addHandler(LogHandler(settings.log_format == "json"))
-    log.setLevel(settings.log_level)
-    for server in servers:
-        threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()    # None: it does not poll
-    log.info("listening", {"api": servers[0].url, "metrics": servers[1].url, "version": __version__})
+    drainer = Drainer(tracker) if command else None
+    cpus = start_threads(settings, servers, drainer)
+    worker = start_worker(command, servers[0].url, mask, cpus) if command else None
+    log.info("listening", {"api": servers[0].url, "metrics": servers[1].url,
+                           "version": __version__})
+    if settings.hold_starts == "auto" and not sure_to_end and "KUBERNETES_SERVICE_HOST" in os.environ:
+        log.warning("starts are not held while draining",
+                    {"missing": "shareProcessNamespace: true in the pod's spec"})
     if worker:
-        leave(accompany(worker, tracker), servers)
+        leave(accompany(worker, drainer), servers)
+    drain_at_signal(tracker, processes, servers)
+
+
+def start_threads(settings, servers, drainer):
+    """Start every thread that is ever needed for a drain: when a signal comes, there may be no more
+    to be had. Return the CPUs that this process might use before.
+    """
+    cpus = stay_on_one_cpu()                # the threads inherit it
+    try:
+        log.addHandler(LogHandler(settings.log_format == "json"))
+        log.setLevel(settings.log_level)
+        if drainer:
+            drainer.start()
+        for server in servers:              # None: it does not poll
+            threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
+    except RuntimeError as error:
+        fail("no thread can be started: %s" % error, 1)
+    return cpus
+
+
+def drain_at_signal(tracker, processes, servers):
+    """Wait for SIGTERM or SIGINT, drain, and exit. Never returns.
+
+    The handler waits in this thread. A second signal runs it again, within itself, and so ends the
+    wait.
+    """
+    first = []                              # (signal, when) of the first
 
     def shut_down(number, frame):
-        log.info("signal", {"signal": signal.Signals(number).name})
+        if first and is_repeated(number, *first[0]):
+            return
+        log.info("second signal" if first else "signal", {"signal": signal.Signals(number).name})
+        if first:
+            leave(1)
+        first.append((number, time.monotonic()))
+        outcome = tracker.wait(tracker.begin_drain(terminating=True))
+        stay_for_the_worker(tracker, processes)
         signal.pthread_sigmask(signal.SIG_BLOCK, SHUT_DOWN)
-        threading.Thread(target=leave_at_next, daemon=True).start()
-        leave(0 if tracker.drain(final=True) else 1, servers)
-
-    def leave_at_next():
-        log.info("second signal", {"signal": signal.Signals(signal.sigwait(SHUT_DOWN)).name})
-        leave(1)
+        leave(0 if outcome == COMPLETED else 1, servers)
 
     for number in SHUT_DOWN:
         signal.signal(number, shut_down)
-    woken, wakes = os.pipe()                # a signal that comes just before the read ends it all the same
+    woken, wakes = os.pipe()                # a signal that comes just before the read still ends it
     os.set_blocking(wakes, False)
     signal.set_wakeup_fd(wakes)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHUT_DOWN)
@@ -1108,17 +1466,40 @@ def serve(command=()):
         os.read(woken, 1)
 
 
-def stay_on_one_cpu():
-    """Keep to the CPU that this thread runs on, where the system can do that.
+def is_repeated(number, first, when):
+    """Tell whether a SIGTERM is the first one, delivered twice, as containerd and Kata may do."""
+    return number == first == signal.SIGTERM and time.monotonic() < when + REPEATED_SECONDS
 
-    One interpreter runs one thread at a time. Spread over CPUs, the threads of busy connections wake each other for its
-    lock at every system call: 16 of them use three times the CPU time, and get through less than half of the requests.
+
+def stay_for_the_worker(tracker, processes):
+    """Stay while a start is held, or a process of the worker is left, for HELD_SECONDS at most.
+
+    The worker may get its SIGTERM after this process, and one whose held start ends unanswered
+    works on.
+    """
+    over_at = time.monotonic() + HELD_SECONDS
+    while processes.shared and time.monotonic() < over_at:
+        now = time.monotonic()
+        oldest = processes.oldest_began(now)
+        if not tracker.held_count() and (oldest is None or oldest >= now):
+            break
+        time.sleep(0.05)
+
+
+def stay_on_one_cpu():
+    """Keep to the CPU that this thread runs on, where the system can do that; return those it had.
+
+    One interpreter runs one thread at a time. Spread over CPUs, the threads of busy connections
+    wake each other for its lock at every system call: 16 of them use three times the CPU time, and
+    get through less than half of the requests.
     """
     try:
+        cpus = os.sched_getaffinity(0)
         with open("/proc/self/stat") as stat:
-            os.sched_setaffinity(0, {int(stat.read().rpartition(")")[2].split()[36])})      # proc(5), field 39
+            os.sched_setaffinity(0, {int(stat.read().rpartition(")")[2].split()[36])})  # field 39
+        return cpus
     except (OSError, AttributeError, IndexError):
-        pass
+        return None
 
 
 def leave(status, servers=()):
@@ -1130,73 +1511,119 @@ def leave(status, servers=()):
     os._exit(status)
 
 
-# ---- python sidecar.py run -- COMMAND -------------------------------------------------------------------------------
+# ---- python sidecar.py run -- COMMAND -------------------------------------------------------------
 
-# All but what cannot be caught, what a fault of this process raises, and job control, which a terminal's whole group gets.
-PASSED_ON = set(signal.Signals) - {getattr(signal, "SIG" + name) for name in
-                                   "KILL STOP TSTP TTIN TTOU PIPE XFSZ ILL TRAP ABRT BUS FPE SEGV SYS".split()}
-SI_KERNEL = 0x80                # sigaction(2), si_code: so a terminal's Ctrl-C comes, to this process and to the worker
+# Every signal but those that cannot be caught, those that a fault of this process raises, and those
+# of job control, which a terminal sends to its whole foreground group.
+PASSED_ON = set(signal.Signals) - {
+    getattr(signal, "SIG" + name)
+    for name in "KILL STOP TSTP TTIN TTOU PIPE XFSZ ILL TRAP ABRT BUS FPE SEGV SYS".split()}
+SI_KERNEL = 0x80                # sigaction(2), si_code: the terminal sent it, to the worker as well
 
 
-def start_worker(command, url, mask):
-    """Start the worker with what this process was given: descriptors, environment, signal mask. Add SIDECAR_URL."""
-    import subprocess       # here, because a start shall not pay for what only `run` needs
-    url = re.sub(r"//(\[::\]|0\.0\.0\.0):", "//127.0.0.1:", url)           # it listens there, but is called from here
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # where a parent left it ignored, no end would be told
+class Drainer(threading.Thread):
+    """Drains once it is asked to, while the main thread goes on to pass signals on."""
+
+    def __init__(self, tracker):
+        super().__init__(daemon=True)
+        self.tracker = tracker
+        self.asked, self.done = threading.Event(), threading.Event()
+
+    def run(self):
+        self.asked.wait()
+        self.tracker.wait(self.tracker.begin_drain(terminating=True))
+        self.done.set()
+        os.kill(os.getpid(), signal.SIGCHLD)        # wakes `accompany`
+
+
+def start_worker(command, url, mask, cpus):
+    """Start the worker with what this process was given: descriptors, environment, signal mask and
+    dispositions, CPUs. Add SIDECAR_URL. Return it as a subprocess.Popen.
+    """
+    import subprocess       # here, because only `run` needs it, and it would delay every start
+    url = re.sub(r"//(\[::\]|0\.0\.0\.0):", "//127.0.0.1:", url)    # listens there, is called here
+    # A handler, since macOS drops a blocked SIGCHLD that has none, and Linux one that is ignored.
+    at_child = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+
+    def become_worker():
+        if at_child == signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        if not os.isatty(0):                # out of reach for `kill %1`, timeout(1), a supervisor;
+            os.setpgid(0, 0)                # at a terminal it may read, and so stays in our group
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
     try:
         return subprocess.Popen(command, close_fds=False, env=dict(os.environ, SIDECAR_URL=url),
-                                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask))
+                                preexec_fn=become_worker)
     except OSError as error:
         not_found = isinstance(error, (FileNotFoundError, NotADirectoryError))
         fail("%s: %s" % (command[0], error.strerror), 127 if not_found else 126)
 
 
-def accompany(worker, tracker):
-    """Pass signals on to the worker until it ends; return its exit status. The first SIGTERM or SIGINT drains before."""
-    shutting_down = False
+def accompany(worker, drainer):
+    """Pass signals on to the worker until it ends; return its exit status.
+
+    The first SIGTERM or SIGINT is passed on when the drain is over, the second one at once.
+    """
+    first = passed_on = None                # first: (signal, when)
     while True:
-        received = signal.sigwaitinfo(PASSED_ON)
-        number = signal.Signals(received.si_signo)
+        number, worker_has_it = next_signal(os.isatty(0))
         if number == signal.SIGCHLD:
             status = reap(worker)
             if status is not None:
                 log.info("worker ended", {"status": status})
-                tracker.reset()
+                drainer.tracker.reset(prefix="")
                 return status
-        elif received.si_code == SI_KERNEL:
-            pass
-        elif number in SHUT_DOWN and not shutting_down:
-            shutting_down = True
+            if not drainer.done.is_set() or passed_on:
+                continue
+            number = first[0]
+        elif worker_has_it:
+            continue
+        elif number in SHUT_DOWN and not first:
+            first = (number, time.monotonic())
             log.info("signal", {"signal": number.name})
-            threading.Thread(target=drain_and_pass_on, args=(number, worker, tracker), daemon=True).start()
-        else:
-            pass_on(number, worker)
+            drainer.asked.set()
+            continue
+        elif first and is_repeated(number, *first):
+            continue
+        pass_on(number, worker)
+        if number in SHUT_DOWN:
+            passed_on = True
+            drainer.tracker.passed_on()
 
 
-def drain_and_pass_on(number, worker, tracker):
-    over_at = time.monotonic() + tracker.grace_period_seconds
-    tracker.drain(final=True)
-    pass_on(number, worker)
-    time.sleep(max(over_at - time.monotonic(), LINGER_SECONDS))
-    pass_on(signal.SIGKILL, worker)
+def next_signal(at_terminal):
+    """Wait for a signal; return (it, whether a terminal has sent it to the worker as well)."""
+    if hasattr(signal, "sigwaitinfo"):
+        received = signal.sigwaitinfo(PASSED_ON)
+        number = signal.Signals(received.si_signo)
+        return number, at_terminal and received.si_code == SI_KERNEL
+    number = signal.Signals(signal.sigwait(PASSED_ON))      # macOS, PyPy: nobody says who sent it
+    return number, at_terminal and number == signal.SIGINT
 
 
 def pass_on(number, worker):
     log.info("signal passed on", {"signal": number.name})
     try:
         os.kill(worker.pid, number)
-    except OSError as error:            # it has just ended, or become another user's
+    except OSError as error:            # it has become another user's
         log.warning("signal not passed on", {"signal": number.name, "error": error.strerror})
 
 
 def reap(worker):
-    """Take note of the children that have ended; as PID 1, orphans too. Return the worker's exit status if it is there."""
+    """Take note of the children that have ended; as PID 1, orphans too.
+
+    Return the worker's exit status, or None while it runs.
+    """
     ended = None
     try:
         pid, status = os.waitpid(-1, os.WNOHANG)
         while pid:
             if pid == worker.pid:
-                ended = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                killed = os.WIFSIGNALED(status)
+                ended = 128 + os.WTERMSIG(status) if killed else os.WEXITSTATUS(status)
             pid, status = os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:           # none is left
         pass
@@ -1237,12 +1664,143 @@ def main(arguments):
         return ask(arguments[0])
     if arguments in (["--help"], ["-h"]):
         print(__doc__.strip())
+        print("\nFigures, as JSON on SIDECAR_PORT, and on METRICS_PORT:\n")
+        for figure in FIGURES:
+            print("    %-30s %s" % (figure.key if figure.in_json else "", figure.help))
+            if figure.metric:
+                print("    %-30s %s, a %s" % ("", figure.metric, figure.kind))
         return 0
     if arguments == ["--version"]:
         print("sidecar %s" % __version__)
         return 0
     fail("unknown arguments %s: expected none, --help, --version, run -- COMMAND, or one of %s"
          % (" ".join(map(repr, arguments)), ", ".join(COMMANDS)))
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta name="viewport" content="width=device-width">
+<title>sidecar</title>
+<style>
+:root { color-scheme: light dark; --rule: light-dark(#e2ded6, #303136); --hue: light-dark(#0b766e, #45c4b0) }
+[data-phase^=drain] { --hue: light-dark(#ad5700, #f2a541) }
+[data-phase=gone] { --hue: light-dark(#b3261e, #ff8a7d) }
+* { margin: 0; font: inherit }
+body { max-width: 42rem; margin: auto; padding: 2rem 1.25rem; background: light-dark(#fcfbf9, #141517);
+  color: light-dark(#6b6760, #98948c); font: .875rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+.ends, #figures tbody { display: flex; justify-content: space-between }
+header, #longest tr { padding-bottom: .5rem; box-shadow: inset 0 -1px var(--rule);
+  background: linear-gradient(var(--hue) 0 0) 0 100% / 0 2px no-repeat }
+#phase, #active { color: var(--hue) }
+#active { margin: 2rem -.05em 0; font-size: 5.5rem; line-height: 1 }
+[data-phase=gone] header ~ * { opacity: .4 }
+svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--rule) }
+path { fill: var(--hue); fill-opacity: .15; stroke: var(--hue); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+table { width: 100%; margin-top: 2rem; border-collapse: collapse }
+td { padding: .4rem 0; overflow-wrap: anywhere }
+td + td { color: CanvasText }
+#longest td + td { padding-left: 1rem; text-align: right; white-space: nowrap }
+#figures tr { flex: 1 }
+#figures td { display: block; padding: 0; white-space: nowrap }
+</style>
+<header class="ends"><h1>sidecar</h1><p id="phase"></p></header>
+<p id="active"></p>
+<p class="ends"><span>in flight</span><span id="peak"></span></p>
+<svg viewBox="0 -1 180 101" preserveAspectRatio="none"><path/></svg>
+<p class="ends"><span>3 min ago</span><span>now</span></p>
+<table id="figures"></table>
+<table id="longest"></table>
+<script>
+const WINDOW = 180, GAP = 4;  // seconds: the width of the chart, and the silence that it shows
+const find = css => document.querySelector(css);
+let samples = [], most = 0, heard = "";
+
+// Only where it differs: nothing flickers, and a selection stays.
+function put(element, value) {
+  const text = value.toLocaleString();
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function bar(element, share) {
+  element.style.backgroundSize = 100 * share + "% 2px";
+}
+
+function rows(table, content) {
+  while (table.rows.length > content.length) table.deleteRow(-1);
+  content.forEach((values, i) => {
+    const row = table.rows[i] || table.insertRow();
+    values.forEach((value, j) => put(row.cells[j] || row.insertCell(), value));
+  });
+}
+
+function time(s) {
+  if (s < 60) return s.toFixed(1) + " s";
+  return s < 3600 ? `${s / 60 | 0} min ${s % 60 | 0} s` : `${s / 3600 | 0} h ${s / 60 % 60 | 0} min`;
+}
+
+function phase(name, story, share) {
+  document.documentElement.dataset.phase = name;
+  put(find("#phase"), document.title = name + story);
+  bar(find("header"), share);
+}
+
+function show(m, requests) {
+  const active = m.active_requests, left = m.drain_remaining_seconds, longest = find("#longest");
+  most = left === null ? 0 : Math.max(most, active);
+  phase(m.phase, left === null ? "" : `: ${active} of ${most} to go, ${Math.ceil(left)} s left`,
+    left / m.grace_period_seconds);
+  put(find("#active"), active);
+  rows(find("#figures"), [
+    ["started", m.total_requests], ["held", m.held_starts], ["given up", m.expired_requests],
+    ["unmatched ends", m.unmatched_ends]]);
+  rows(longest, requests.map(r => [r.request_id, time(r.age_seconds)]));
+  requests.forEach((r, i) => bar(longest.rows[i], r.age_seconds / requests[0].age_seconds));
+}
+
+function draw(now) {
+  samples = samples.filter(s => s.at > now - WINDOW);
+  const peak = Math.max(1, ...samples.map(s => s.active)), x = at => (WINDOW - 1 - now + at).toFixed(2);
+  put(find("#peak"), "peak " + peak);
+  find("path").setAttribute("d", samples.map(({ at, active }, i) => {
+    const near = s => s && Math.abs(s.at - at) < GAP, next = samples[i + 1];
+    return (near(samples[i - 1]) ? "" : `M${x(at)} 100`) + "V" + (100 - 100 * active / peak)
+      + (near(next) ? "H" + x(next.at) : `H${x(at + 2)}V100`);
+  }).join(""));
+}
+
+async function ask(path) {
+  const answer = await fetch(path, { signal: AbortSignal.timeout(3000) });
+  return answer.ok ? answer.json() : Promise.reject();
+}
+
+async function tick() {
+  const answers = await Promise.all([ask("metrics"), ask("requests")]).catch(() => 0), now = Date.now() / 1000;
+  if (answers) {
+    samples.push({ at: now, active: answers[0].active_requests });
+    show(answers[0], answers[1].slice(0, 10));
+    heard = ": no answer since " + new Date().toLocaleTimeString();
+  } else phase("gone", heard, 0);
+  draw(now);
+  setTimeout(tick, 1000);
+}
+tick();
+</script>
+"""
+
+
+def content_security_policy():
+    """Return the page's Content-Security-Policy: its own script and style, its own origin to ask, and nothing else."""
+    import base64           # here, because a start shall not pay for what only a person with a browser wants
+    import hashlib
+
+    def digest(tag):
+        text = PAGE.split("<%s>" % tag)[1].split("</%s>" % tag)[0]
+        return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    return ("default-src 'none'; connect-src 'self'; script-src %s; style-src %s; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'" % (digest("script"), digest("style")))
 
 
 if __name__ == "__main__":

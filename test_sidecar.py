@@ -592,24 +592,58 @@ class TestDrain(Case):
         self.assertEqual(sidecar.wait(), 1)
         sidecar.wait_for("still active request_id=a")
 
-    def test_a_new_request_undoes_a_drain_that_no_sigterm_followed(self):
+    def test_reset_undoes_a_drain_that_no_sigterm_followed(self):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         self.assertEqual(sidecar.get("/drain")[0], 200)
         self.assertEqual(sidecar.get("/ready")[0], 503)
-        self.assertEqual(sidecar.post("/start-request?id=a")[1]["draining"], False)
-        self.assertEqual(sidecar.get("/ready")[0], 200)
-        self.assertEqual(sidecar.get("/metrics")[1]["phase"], "serving")
+        # Where no start is held, one does not undo it: the pod may still be on its way out.
+        self.assertEqual(sidecar.post("/start-request?id=a")[1]["draining"], True)
+        self.assertEqual(sidecar.get("/metrics")[1]["phase"], "drained")
+        self.assertEqual(sidecar.post("/reset"), (200, {"given_up": 1}))
         sidecar.wait_for("serving again")
+        self.assertEqual(sidecar.get("/ready")[0], 200)
+        self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], False)
         sidecar.signal(signal.SIGTERM)                  # and the next drain waits again
         sidecar.wait_for("drain started active_requests=1")
-        sidecar.post("/end-request?id=a")
+        sidecar.post("/end-request?id=b")
         self.assertEqual(sidecar.wait(), 0)
 
-    def test_time_undoes_a_drain_that_no_sigterm_followed(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.2)
+    def test_callers_of_a_drain_that_is_undone_are_told(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
+        sidecar.post("/start-request")
+        with sidecar.raw(b"GET /drain HTTP/1.1\r\nConnection: close\r\n\r\n") as caller:
+            sidecar.wait_for("drain started")
+            sidecar.post("/reset")
+            answer = b"".join(iter(lambda: caller.recv(65536), b"")).decode()
+        self.assertIn("HTTP/1.1 503 ", answer)
+        self.assertIn('{"error": "undone", "active_requests": 0}', answer)
+        self.assertEqual(sidecar.sample('sidecar_drains_total{outcome="undone"}'), 1)
+
+    def test_a_start_undoes_it_once_a_pod_that_goes_would_be_gone(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0, constants={"GONE_SECONDS": 0.0})
         self.assertEqual(sidecar.get("/drain")[0], 200)
-        until(lambda: sidecar.get("/ready")[0] == 200, "ready again")
+        self.assertEqual(sidecar.post("/start-request")[1]["draining"], False)
         sidecar.wait_for("serving again")
+
+    def test_a_sigterm_that_is_delivered_twice_is_one(self):
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPEATED_SECONDS": 3600})
+        sidecar.post("/start-request")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.get("/ready")[0], 503)     # it is still there
+        sidecar.post("/end-request")
+        self.assertEqual(sidecar.wait(), 0)
+        self.assertNotIn("second signal", sidecar.log)
+
+    def test_a_later_sigterm_ends_the_wait_and_a_second_ctrl_c_always_does(self):
+        for number, constants in ((signal.SIGTERM, {"REPEATED_SECONDS": 0}), (signal.SIGINT, {})):
+            sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants=constants)
+            sidecar.post("/start-request")
+            sidecar.signal(number)
+            sidecar.wait_for("drain started")
+            sidecar.signal(number)
+            self.assertEqual(sidecar.wait(), 1)
 
 
 class TestEndpoints(Case):
@@ -1910,7 +1944,7 @@ class TestRun(Case):
         self.assertEqual(sidecar.wait(), 3)
 
     def test_a_second_signal_is_passed_on_at_once(self):
-        sidecar = self.worker(GRACE_PERIOD_SECONDS="1h")
+        sidecar = self.worker(GRACE_PERIOD_SECONDS="1h", constants={"REPEATED_SECONDS": 0})
         sidecar.post("/start-request?id=a")
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
@@ -1918,15 +1952,33 @@ class TestRun(Case):
         self.assertEqual(sidecar.wait(), 3)
         sidecar.wait_for("request given up request_id=a age_seconds=")
 
-    def test_it_is_killed_when_the_grace_period_is_over(self):
-        sidecar = self.worker("stubborn", GRACE_PERIOD_SECONDS=0.3,
-                              constants={"LINGER_SECONDS": 0.1})
+    def test_a_sigterm_that_is_delivered_twice_is_one(self):
+        sidecar = self.worker(GRACE_PERIOD_SECONDS="1h", constants={"REPEATED_SECONDS": 3600})
+        sidecar.post("/start-request")
         sidecar.signal(signal.SIGTERM)
-        self.assertEqual(sidecar.wait(), 128 + signal.SIGKILL)
-        sidecar.wait_for("got SIGTERM")
+        sidecar.wait_for("drain started")
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.get("/ready")[0], 503)
+        sidecar.signal(signal.SIGUSR1)                  # what comes after it is passed on
+        sidecar.wait_for("got SIGUSR1")
+        self.assertNotIn("got SIGTERM", sidecar.log)
+        sidecar.post("/end-request")
+        self.assertEqual(sidecar.wait(), 3)
 
-    def test_after_a_drain_that_ran_out_the_worker_has_a_moment(self):
-        sidecar = self.worker(GRACE_PERIOD_SECONDS=0.1, constants={"LINGER_SECONDS": PATIENCE})
+    def test_it_never_kills_a_worker_that_stays(self):
+        """The platform does that, when its own time is over."""
+        sidecar = self.worker("stubborn", GRACE_PERIOD_SECONDS=0.1)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("got SIGTERM")
+        sidecar.signal(signal.SIGUSR1)
+        sidecar.wait_for("got SIGUSR1")
+        self.assertNotIn("SIGKILL", sidecar.log)
+        os.kill(child_of(sidecar.process.pid), signal.SIGKILL)
+        self.assertEqual(sidecar.wait(), 128 + signal.SIGKILL)
+        self.assertEqual(sidecar.log.count("worker ended"), 1)
+
+    def test_the_worker_hears_of_sigterm_when_the_drain_ran_out(self):
+        sidecar = self.worker(GRACE_PERIOD_SECONDS=0.1)
         sidecar.post("/start-request?id=a")
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 3)
@@ -1992,11 +2044,16 @@ class TestRun(Case):
             script = ("read line; echo out $line; echo err >&2; "
                       "ls -l /proc/self/fd | sed 's/.*[0-9][0-9]:[0-9][0-9] //' | grep -c tmp; "
                       "exec grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
+
+            def told(output):       # without signals 32 and 33, which libc sets for its threads
+                masks = re.findall("^(Sig...):\t(.*)$", output, re.MULTILINE)
+                return output.partition("Sig")[0], [
+                    (name, int(mask, 16) & ~(3 << 31)) for name, mask in masks]
             options = dict(input=b"in\n", close_fds=False)
             plain = subprocess.run([shutil.which("sh"), "-c", script], capture_output=True,
                                    timeout=PATIENCE, **options)
             status, output, errors = self.done("sh", "-c", script, **options)
-        self.assertEqual((status, output), (0, plain.stdout.decode()))
+        self.assertEqual((status, told(output)), (0, told(plain.stdout.decode())))
         self.assertIn("err\n", errors)
         descriptors = self.done(sys.executable, "-c",
                                 "import os; print(len(os.listdir('/proc/self/fd')))")[1]

@@ -201,19 +201,21 @@ class TestManifests(Case):
             if name.endswith("FromEnv"):
                 self.assertIn(variable, variables)
 
-    def test_before_1_29_the_sidecar_is_an_ordinary_container_that_outwaits_the_hook(self):
+    def test_every_pod_shares_its_process_namespace(self):
+        """The sidecar holds starts, and goes last, only where it does."""
+        for components in ([], ["pre-1.29"], ["kafka-sasl"], ["pre-1.29", "kafka-sasl"]):
+            pod = pick(kustomize(components=components), "Deployment")["spec"]["template"]["spec"]
+            self.assertIs(pod["shareProcessNamespace"], True, components)
+
+    def test_before_1_29_the_sidecar_is_an_ordinary_container(self):
         objects = kustomize(components=["pre-1.29"])
         spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
         self.assertNotIn("initContainers", spec)
         sidecar, bot = spec["containers"]
         self.assertEqual(bot, dict(self.bot, envFrom=bot["envFrom"]))
-        expected = dict(self.sidecar, env=sidecar["env"])
+        expected = dict(self.sidecar)
         del expected["restartPolicy"]
         self.assertEqual(sidecar, expected)
-        variables = environment(sidecar, objects)
-        self.assertEqual(variables["QUIET_PERIOD_SECONDS"], "5")
-        self.assertEqual(dict(variables, QUIET_PERIOD_SECONDS="1"),
-                         environment(self.sidecar, self.objects))
 
     def test_with_sasl_KEDA_logs_in_as_the_bot_does(self):
         objects = kustomize(components=["kafka-sasl"])
@@ -368,33 +370,40 @@ class TestAlerts(Case):
                    dict(grace, **{"sidecar_oldest_request_age_seconds{}": "0+5x5 0+5x5 0x48"}),
                    quiet=[60, 120, 300])
 
-    def test_drain_alert_fires_before_the_grace_period_is_over(self):
-        rule, = [rule for group in self.rules["groups"] for rule in group["rules"]
-                 if rule["alert"] == "SidecarDrainTimedOut"]
-        grace = float(
-            environment(containers(kustomize())["sidecar"], kustomize())["GRACE_PERIOD_SECONDS"])
-        self.assertLessEqual(float(rule["for"].rstrip("s")) + self.SCRAPE, grace)
+    def drain(self, grace, elapsed, active, **outcomes):
+        """Return the series of a pod whose drain begins at 60 s."""
+        series = {"sidecar_grace_period_seconds{}": "%dx400" % grace,
+                  "sidecar_drain_elapsed_seconds{}": "0x11 " + elapsed,
+                  "sidecar_active_requests{}": active}
+        return dict(series, **{'sidecar_drains_total{outcome="%s"}' % name: values
+                               for name, values in outcomes.items()})
 
     def test_drain_that_ran_out_before_the_pod_was_gone(self):
+        """It fires from 0.8 of the grace period on, and goes on after the pod is gone."""
         self.check("SidecarDrainTimedOut",
-                   {"sidecar_draining{}": "0x11 1x5 stale",
-                    "sidecar_active_requests{}": "1x17 stale",
-                    'sidecar_drains_total{outcome="timed_out"}': "0x17 stale"},
+                   self.drain(30, "0+5x5 stale", "1x17 stale", timed_out="0x17 stale"),
                    quiet=[60, 80, 1200], firing=[85, 300, 900])
+        self.check("SidecarDrainTimedOut",
+                   self.drain(300, "0+5x59 stale", "1x71 stale", timed_out="0x71 stale"),
+                   quiet=[90, 300], firing=[310, 360])
 
     def test_drain_that_ran_out_and_was_counted(self):
         self.check("SidecarDrainTimedOut",
                    {'sidecar_drains_total{outcome="timed_out"}': "0x11 1x100",
-                    'sidecar_drains_total{outcome="completed"}': "0x111"}, quiet=[55, 80, 1200],
-                   firing=[85, 300])
+                    'sidecar_drains_total{outcome="completed"}': "0x111"}, quiet=[55, 1200],
+                   firing=[60, 300])
 
     def test_drains_that_completed(self):
-        self.check("SidecarDrainTimedOut", {"sidecar_draining{}": "0x11 1x3 stale",
-                                            "sidecar_active_requests{}": "1x15 stale"},
+        self.check("SidecarDrainTimedOut", self.drain(30, "0+5x3 stale", "1x15 stale"),
                    quiet=[60, 75, 300])
         self.check("SidecarDrainTimedOut",
-                   {"sidecar_draining{}": "0x11 1x60", "sidecar_active_requests{}": "2x13 0x58",
-                    'sidecar_drains_total{outcome="completed"}': "0x13 1x58"}, quiet=[60, 90, 300])
+                   self.drain(30, "0 5 10x60", "2x13 0x58", completed="0x13 1x58"),
+                   quiet=[60, 90, 300])
+
+    def test_a_long_drain_of_a_long_grace_period_that_completed(self):
+        self.check("SidecarDrainTimedOut",
+                   self.drain(300, "0+5x7 35x60", "2x18 0x58", completed="0x18 1x58"),
+                   quiet=[60, 85, 95, 300])
 
     def test_unmatched_ends(self):
         self.check("SidecarUnmatchedEnds", {"sidecar_unmatched_ends_total{}": "0x10 1x110"},
