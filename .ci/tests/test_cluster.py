@@ -80,10 +80,9 @@ class Cluster:
     def apply(self, objects):
         """Apply objects, the namespace first."""
         spaces = [thing for thing in objects if thing["kind"] == "Namespace"]
-        if spaces:
-            self.kubectl("apply", "-f", "-", objects=spaces)
-        self.kubectl("apply", "-f", "-",
-                     objects=[thing for thing in objects if thing not in spaces])
+        for part in spaces, [thing for thing in objects if thing not in spaces]:
+            if part:
+                self.kubectl("apply", "-f", "-", objects=part)
 
     def ask_recorder(self, path):
         """Return what the recorder answers, by way of the API server, which reaches every pod."""
