@@ -279,7 +279,7 @@ class RequestTracker:
         """
         with self._condition:
             now = time.monotonic()
-            self._catch_up(now)
+            self._catch_up(now, look=request_id is None)    # or it would end what others left behind
             ending = self._oldest_without_id() if request_id is None else request_id
             request = self._remove(ending, now) or self._forget_given_up(ending)
             known = request is not None or ending in self._ended_ids
@@ -392,7 +392,7 @@ class RequestTracker:
                     return
                 self._count(request, now)
                 self._hold_no_more(now, "a client gave up")
-            if request.id in self._active:
+            if self._active.get(request.id) is request:
                 self._without_id.pop(request.id, None)
                 self._unheard[request.id] = None
                 request.lapses_at = now + max([LAPSE_SECONDS, *self._latest_durations])
@@ -651,16 +651,21 @@ class PodProcesses:
 
     def __init__(self, shared: bool | None = None) -> None:
         self.shared = pause_is_pid_1() if shared is None else shared
+        self._looked_at = 0.0
         self._any_seen = False
+        self._began = None              # infinite: none is left
 
     def oldest_began(self, now: float) -> float | None:
         """Return when the oldest of them began, on the monotonic clock, which shows `now`.
 
         `now` where none is left. None where it cannot be told: the pod shares no namespace, one of
-        them may not be looked at, or none was ever seen.
+        them may not be looked at, or none was ever seen. It looks ten times a second at most.
         """
-        if not self.shared:
-            return None
+        if self.shared and now >= self._looked_at + 0.1:
+            self._looked_at, self._began = now, self._look(now)
+        return None if self._began is None else min(self._began, now)
+
+    def _look(self, now):
         try:
             ticks = [start for start in map(start_ticks, other_processes()) if start is not None]
             since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -669,7 +674,7 @@ class PodProcesses:
         self._any_seen = self._any_seen or bool(ticks)
         if ticks:
             return now - since_boot + min(ticks) / os.sysconf("SC_CLK_TCK")
-        return now if self._any_seen else None
+        return float("inf") if self._any_seen else None
 
 
 def pause_is_pid_1():

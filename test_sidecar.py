@@ -15,6 +15,7 @@ import hashlib
 import http.client
 import http.server
 import json
+import logging
 import os
 import pty
 import re
@@ -31,7 +32,7 @@ import time
 import types
 import unittest
 
-import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one.
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Seconds after which a wait for an event has failed, whatever the machine; nothing waits it out.
@@ -39,12 +40,16 @@ PATIENCE = 60
 
 
 class Program:
-    """A process under test: its standard error (and output, where not asked for apart) line by
-    line, its end."""
+    """A process under test: its output line by line, and its end.
+
+    The lines are those of standard error, and of standard output where that is not asked for apart.
+    """
 
     def __init__(self, *argv, **options):
-        """argv: the command; env: variables to add (None takes one away); the rest goes to
-        Popen."""
+        """argv: the command; env: variables to add, or to take away with None.
+
+        The other options are Popen's.
+        """
         env = dict(os.environ, PYTHONUNBUFFERED="1")
         for name, value in options.pop("env", {}).items():
             if value is None:
@@ -73,8 +78,10 @@ class Program:
         return "\n".join(self.lines)
 
     def wait_for(self, pattern, after=0, timeout=PATIENCE):
-        """Return the match of `pattern` in the first line from number `after` on that has one, as
-        soon as it is there."""
+        """Return the match of `pattern` in the first line that has one, as soon as it is there.
+
+        The lines are those from number `after` on.
+        """
         def found():
             return next((match for match in (re.search(pattern, line)
                                              for line in self.lines[after:]) if match), None)
@@ -106,8 +113,9 @@ class Program:
 
 
 class SidecarProcess(Program):
-    """A running sidecar.py on free ports of loopback. Any other keyword is a variable of its
-    environment.
+    """A running sidecar.py on free ports of loopback.
+
+    Any other keyword is a variable of its environment.
 
     `constants` are module constants with other values, so that a test need not wait for as long as
     a user would. `launcher` is what stands in front of the command, such as unshare and its
@@ -152,10 +160,9 @@ class SidecarProcess(Program):
         connection.sendall(data)
         return connection
 
-    def answers(self, data):
-        """Send bytes, read to the end of the connection; return [(status, headers, body), ...] of
-        the answers."""
-        with self.raw(data) as connection:
+    def answers(self, data, port=None):
+        """Send bytes, and read to the end; return the answers: [(status, headers, body), ...]."""
+        with self.raw(data, port) as connection:
             received = b"".join(iter(lambda: connection.recv(65536), b""))
         found = []
         while received:
@@ -172,8 +179,7 @@ class SidecarProcess(Program):
         return self.get("/metrics")[1]["active_requests"]
 
     def sample(self, name):
-        """Return the value of one sample of the Prometheus port; `name` with its labels as they
-        stand there."""
+        """Return the value of a sample of the Prometheus port; `name` is with its labels."""
         pattern = "^%s (.*)$" % re.escape(name)
         return float(re.search(pattern, self.prometheus(), re.MULTILINE).group(1))
 
@@ -203,8 +209,10 @@ class Case(unittest.TestCase):
 
 
 def in_threads(count, function):
-    """Run function(0), function(1), ... at once; return what they return, in order. An exception is
-    raised here."""
+    """Run function(0), function(1), ... at once; return what they return, in order.
+
+    An exception of one is raised here.
+    """
     results = [None] * count
 
     def run(number):
@@ -250,23 +258,425 @@ class FakeTime:
         return self.now + 1.6e9
 
 
-class ScriptedCondition(threading.Condition().__class__):
-    """A Condition whose wait() lets the test do what other threads would do, until it is notified
-    or its time is over."""
+class Clockwork(unittest.TestCase):
+    """A tracker with a clock that the test moves, and processes that it sets."""
 
-    def __init__(self, meanwhile):
-        super().__init__()
-        self.meanwhile, self.waiting = meanwhile, []
+    GRACE, QUIET = 30.0, 0.5
 
-    def wait(self, timeout=None):
-        waiter = types.SimpleNamespace(notified=False)
-        self.waiting.append(waiter)
-        self.meanwhile(waiter, timeout)
-        self.waiting.pop()                        # calls within calls: the last in is the first out
+    def setUp(self):
+        self.clock = FakeTime()
+        self.addCleanup(setattr, sidecar_module, "time", sidecar_module.time)
+        sidecar_module.time = self.clock
+        log = sidecar_module.log
+        silent = logging.NullHandler()
+        log.addHandler(silent)
+        self.addCleanup(log.removeHandler, silent)
+        self.restart()
 
-    def notify_all(self):
-        for waiter in self.waiting:
-            waiter.notified = True
+    def restart(self, **options):
+        """Begin anew, with a tracker that has counted nothing."""
+        self.oldest_process = None
+        processes = types.SimpleNamespace(oldest_began=lambda now: self.oldest_process)
+        self.tracker = sidecar_module.RequestTracker(
+            self.GRACE, self.QUIET, options.get("timeout", 0.0), processes)
+
+    def pass_time(self, seconds):
+        self.clock.now += seconds
+
+    def start(self, request_id=None, hold=False, **options):
+        return self.tracker.start(request_id, hold, **options)
+
+    def hold(self, request_id=None):
+        """Return a start that is held."""
+        held = self.start(request_id, hold=True)
+        self.assertIsNone(held.answer)
+        return held
+
+    def answer(self, held):
+        return self.tracker.answer_of_held(held)
+
+    @property
+    def active(self):
+        return [request_id for request_id, _ in self.tracker.active_requests()]
+
+    def figure(self, name):
+        return self.tracker.snapshot()[name]
+
+
+class TestTransitions(Clockwork):
+    """The life of a drain: each row a phase, each column what happens, and the phase after it."""
+
+    # in this phase         /drain      SIGTERM     the last    the grace   /reset      /reset
+    #                                               end, quiet  period over             ?prefix=
+    TABLE = """
+    serving                 draining    draining    serving     serving     serving     serving
+    draining                draining    draining    completed   timed_out   serving     draining
+    completed               completed   completed   completed   completed   serving     completed
+    completed,active        draining    draining    completed   completed   serving     completed
+    timed_out               draining    timed_out   timed_out   timed_out   serving     timed_out
+    draining,SIGTERM        draining    draining    completed   timed_out   draining    draining
+    completed,SIGTERM       completed   completed   completed   completed   completed   completed
+    timed_out,SIGTERM       draining    timed_out   timed_out   timed_out   timed_out   timed_out
+    """
+    # in this phase         a start     that is     of a        15 s after  still held  5 s
+    #                                   held        restarted   the grace   at once     after
+    #                                               worker      period                  the drain
+    STARTS = """
+    serving                 serving     serving     serving     serving     serving     serving
+    draining                draining    draining    draining    serving     draining    draining
+    completed               completed   completed   serving     serving     completed   serving
+    completed,active        completed   completed   serving     serving     completed   serving
+    timed_out               timed_out   timed_out   serving     serving     timed_out   serving
+    draining,SIGTERM        draining    draining    draining    timed_out   draining    draining
+    completed,SIGTERM       completed   completed   completed   completed   completed   completed
+    timed_out,SIGTERM       timed_out   timed_out   timed_out   timed_out   timed_out   timed_out
+    """
+
+    def bring_to(self, state):
+        """Bring a new tracker into a phase; in each but `completed` the request "a" is active."""
+        self.restart()
+        phase, _, more = state.partition(",")
+        self.start("a")
+        if phase != "serving":
+            self.tracker.begin_drain(terminating=more == "SIGTERM")
+        if phase == "completed":
+            self.end_all()
+        if phase == "timed_out":
+            self.pass_time(self.GRACE)
+        if more == "active":
+            self.assertEqual(self.phase(), "completed")
+            self.start("a")
+        self.assertEqual(self.phase(), phase)
+
+    def end_all(self):
+        for request_id in self.active:
+            self.tracker.end(request_id)
+        self.pass_time(self.QUIET)
+
+    def phase(self):
+        """Return the phase; for one that is drained, how it came to that."""
+        phase = self.tracker.phase()
+        return self.tracker._drain.outcome if phase == "drained" else phase
+
+    def start_of_a_restarted_worker(self):
+        self.pass_time(1)
+        self.oldest_process = self.clock.now
+        self.pass_time(1)
+        self.start("b", hold=True)
+
+    def held_start_is_looked_at(self, seconds):
+        held = self.start("b", hold=True)
+        self.pass_time(seconds)
+        self.answer(held)
+
+    def check(self, table, events):
+        for row in table.strip().splitlines():
+            state, *expected = row.split()
+            self.assertEqual(len(expected), len(events))
+            for event, phase in zip(events, expected):
+                self.bring_to(state)
+                event()
+                self.assertEqual(self.phase(), phase, (state, events.index(event)))
+
+    def test_table(self):
+        self.check(self.TABLE, [
+            self.tracker_call("begin_drain"), self.tracker_call("begin_drain", terminating=True),
+            self.end_all, lambda: self.pass_time(self.GRACE), self.tracker_call("reset"),
+            self.tracker_call("reset", "other:")])
+
+    def tracker_call(self, name, *args, **options):
+        return lambda: getattr(self.tracker, name)(*args, **options)
+
+    def test_starts(self):
+        self.check(self.STARTS, [
+            lambda: self.start("b"), lambda: self.start("b", hold=True),
+            self.start_of_a_restarted_worker,
+            lambda: (self.pass_time(self.GRACE + 15), self.start("b")),
+            lambda: self.held_start_is_looked_at(0),
+            lambda: self.held_start_is_looked_at(5)])
+
+    def test_who_drains_joins_the_drain_that_is_under_way(self):
+        self.start("a")
+        first = self.tracker.begin_drain()
+        self.pass_time(self.GRACE - 1)
+        self.assertIs(self.tracker.begin_drain(terminating=True), first)
+        self.pass_time(1)
+        self.assertEqual(self.tracker.wait(first), "timed_out")
+
+    def test_a_new_drain_has_a_clock_of_its_own(self):
+        self.bring_to("completed,active")
+        drain = self.tracker.begin_drain(terminating=True)
+        self.assertIsNone(self.tracker.wait(drain, 0))
+        self.pass_time(self.GRACE - 0.1)
+        self.assertIsNone(self.tracker.wait(drain, 0))
+        self.pass_time(0.1)
+        self.assertEqual(self.tracker.wait(drain, 0), "timed_out")
+
+    def test_sigterm_after_a_drain_that_timed_out_does_not_wait_again(self):
+        self.bring_to("timed_out")
+        drain = self.tracker.begin_drain(terminating=True)
+        self.assertEqual(self.tracker.wait(drain, 0), "timed_out")
+
+    def test_the_quiet_period(self):
+        """It begins with the drain at the earliest, and anew with each request."""
+        self.pass_time(9)
+        drain = self.tracker.begin_drain()
+        self.pass_time(self.QUIET - 0.1)
+        self.start("a")
+        self.pass_time(9)
+        self.tracker.end("a")
+        self.pass_time(self.QUIET - 0.1)
+        self.assertIsNone(self.tracker.wait(drain, 0))
+        self.pass_time(0.1)
+        self.assertEqual(self.tracker.wait(drain, 0), "completed")
+
+    def test_who_waited_for_a_drain_that_is_undone_is_told_so(self):
+        self.start("a")
+        drain = self.tracker.begin_drain()
+        self.tracker.reset()
+        self.assertEqual(self.tracker.wait(drain), "undone")
+        self.assertEqual(self.figure("drains"), {"completed": 0, "timed_out": 0, "undone": 1})
+
+
+class TestHeldStarts(Clockwork):
+    """What becomes of a start that comes while draining, with a clock that the test moves."""
+
+    def drain(self, *active):
+        for request_id in active:
+            self.start(request_id)
+        return self.tracker.begin_drain()
+
+    def test_it_is_neither_counted_nor_answered(self):
+        drain = self.drain("a")
+        held = self.hold("b")
+        self.assertEqual((self.active, self.figure("total_requests")), (["a"], 1))
+        self.pass_time(3)
+        self.assertEqual((self.figure("held_starts"), self.figure("oldest_held_start_age_seconds")),
+                         (1, 3.0))
+        self.tracker.end("a")
+        self.pass_time(self.QUIET)
+        self.assertEqual(self.tracker.wait(drain), "completed")
+        self.assertIsNone(self.answer(held))
+
+    def test_one_that_need_not_wait_or_is_active_or_over_is_answered_at_once(self):
+        self.drain("a")
+        self.assertEqual(self.start("b").answer, ("b", 2, True))
+        self.assertEqual(self.start("a", hold=True).answer, ("a", 2, True))
+        self.tracker.end("early")
+        self.assertEqual(self.start("early", hold=True).answer, ("early", 2, True))
+
+    def test_an_end_that_overtook_its_start(self):
+        """It is remembered for 10 s, once; the start is over when it comes."""
+        self.assertEqual(self.tracker.end("a", 0.2), (False, 0, False))
+        self.assertEqual(self.start("a").answer, ("a", 0, False))
+        counts, total = self.figure("durations")
+        self.assertEqual((sum(counts), total, self.figure("total_requests")), (1, 0.2, 1))
+        self.assertEqual(self.tracker.end("a"), (True, 0, False))       # again: no error
+        self.assertEqual(self.start("a").answer, ("a", 1, False))       # a later request
+        self.tracker.end("b")
+        self.pass_time(10)
+        self.assertEqual(self.start("b").answer, ("b", 2, False))
+        self.tracker.end()
+        self.assertEqual(self.start().answer[1], 3)                     # none without an id
+
+    def test_five_seconds_after_the_drain_all_are_counted_and_it_is_undone(self):
+        self.drain()
+        held = [self.hold("a"), self.hold("b")]
+        self.pass_time(self.QUIET)
+        self.assertEqual(self.tracker.phase(), "drained")
+        self.pass_time(4.9)
+        self.assertEqual([self.answer(one) for one in held], [None, None])
+        self.pass_time(0.1)
+        self.assertEqual([self.answer(one) for one in held], [("a", 1, False), ("b", 2, False)])
+
+    def test_after_sigterm_none_is_let_go_before_run_has_passed_the_signal_on(self):
+        held = []
+        self.drain()
+        held.append(self.hold("a"))
+        self.tracker.begin_drain(terminating=True)
+        self.pass_time(3600)
+        self.assertIsNone(self.answer(held[0]))
+        self.tracker.passed_on()
+        self.pass_time(0.9)
+        self.assertIsNone(self.answer(held[0]))
+        self.pass_time(0.1)
+        self.assertEqual(self.answer(held[0]), ("a", 1, True))
+
+    def test_what_may_block_the_worker_is_answered_one_by_one(self):
+        self.drain("a")
+        first, second = self.hold(), self.hold()
+        self.pass_time(4.9)
+        self.assertIsNone(self.answer(first))
+        self.pass_time(0.1)
+        self.assertIsNone(self.answer(second))              # the oldest goes first
+        self.assertEqual(self.answer(first)[1:], (2, True))
+        self.pass_time(4.9)
+        self.assertIsNone(self.answer(second))
+        self.pass_time(0.1)
+        self.assertEqual(self.answer(second)[1:], (3, True))
+
+    def test_an_end_puts_that_off(self):
+        self.drain("a", "b")
+        held = self.hold()
+        self.pass_time(4.9)
+        self.tracker.end("a")
+        self.pass_time(4.9)
+        self.assertIsNone(self.answer(held))
+        self.pass_time(0.1)
+        self.assertIsNotNone(self.answer(held))
+
+    def test_where_the_count_falls_within_a_second_it_was_the_hold_that_blocked(self):
+        for seconds, ends, freed in ((1.0, 2, True), (1.1, 2, False), (0.5, 1, False)):
+            self.restart()
+            self.drain("a", "b", "c")
+            first, second = self.hold(), self.hold()
+            self.pass_time(5)
+            self.assertEqual(self.answer(first)[1], 4)
+            self.pass_time(seconds)
+            for request_id in "ab"[:ends]:
+                self.tracker.end(request_id)
+            self.assertEqual(self.answer(second) is not None, freed, (seconds, ends))
+            self.assertEqual(self.start("late", hold=True).answer is not None, freed)
+
+    def test_none_is_held_for_over_15_seconds_while_draining(self):
+        self.drain("a")
+        held = self.hold()
+        for number in range(3):                             # while others end, so it is not blocked
+            self.start(str(number))
+            self.pass_time(4.9)
+            self.tracker.end(str(number))
+        self.assertIsNone(self.answer(held))
+        self.pass_time(0.4)
+        self.assertIsNotNone(self.answer(held))
+
+    def test_a_client_that_gave_up_is_counted_and_no_more_are_held(self):
+        self.drain("a")
+        one, other = self.hold(), self.hold()
+        self.tracker.client_gone(one)
+        self.assertEqual(len(self.active), 3)
+        self.assertEqual(self.answer(other)[1:], (3, True))
+        self.assertIsNotNone(self.start(hold=True).answer)
+
+    def test_a_request_whose_client_heard_no_answer_ends_last_and_lapses(self):
+        self.drain()
+        held = self.hold()
+        self.tracker.client_gone(held)
+        unheard, = self.active
+        heard = self.start().answer[0]
+        self.tracker.end()
+        self.assertEqual(self.active, [unheard])
+        self.pass_time(9.9)
+        self.assertEqual(self.active, [unheard])
+        self.pass_time(0.1)
+        self.assertEqual((self.active, self.figure("expired_requests")), ([], 1))
+        self.assertEqual(self.tracker.end(), (True, 0, True))       # its end is still known
+        self.assertNotEqual(heard, unheard)
+
+    def test_it_lapses_after_the_longest_of_the_last_requests(self):
+        self.start("long")
+        self.pass_time(25)
+        self.tracker.end("long", 0.1)                       # by the clock here, not by what it says
+        self.drain("a")
+        self.tracker.client_gone(self.hold("b"))
+        self.pass_time(24.9)
+        self.assertEqual(self.active, ["a", "b"])
+        self.pass_time(0.1)
+        self.assertEqual(self.active, ["a"])
+
+    def test_one_that_is_started_again_with_its_id_is_heard(self):
+        self.drain("a")
+        self.tracker.client_gone(self.hold("b"))
+        self.assertEqual(self.start("b").answer, ("b", 2, True))
+        self.pass_time(25)
+        self.assertEqual(self.active, ["a", "b"])
+
+    def test_two_held_with_one_id_are_one_request(self):
+        self.drain("a")
+        first, again = self.hold("b"), self.hold("b")
+        self.tracker.client_gone(first)
+        self.assertEqual(self.answer(again), ("b", 2, True))
+        self.assertEqual(self.figure("total_requests"), 2)
+
+    def test_the_time_out_of_requests_stands_still_while_one_is_held(self):
+        self.restart(timeout=4.0)
+        self.drain("a")
+        self.pass_time(1)
+        held = self.hold("b")
+        self.pass_time(4.9)
+        self.assertEqual(self.active, ["a"])
+        self.tracker.client_gone(held)
+        self.pass_time(2.9)
+        self.assertEqual(self.active, ["a", "b"])
+        self.pass_time(0.1)
+        self.assertEqual(self.active, ["b"])
+
+    def test_what_a_process_that_is_gone_left_behind(self):
+        """Only what came by loopback, and only where another process or none is there now."""
+        self.oldest_process = self.clock.now - 1
+        self.start("a")
+        self.start("from afar", local=False)
+        self.pass_time(1)
+        self.assertEqual(self.active, ["a", "from afar"])
+        self.oldest_process = None                          # nobody can tell
+        self.assertEqual(self.active, ["a", "from afar"])
+        self.pass_time(1)
+        self.oldest_process = self.clock.now
+        self.start("b")
+        self.assertEqual(self.active, ["from afar", "b"])
+        self.assertEqual((self.figure("expired_requests"), self.figure("left_behind_requests")),
+                         (1, 1))
+        drain = self.tracker.begin_drain()
+        self.pass_time(1)
+        self.oldest_process = self.clock.now                # while it waits, too
+        self.assertIsNone(self.tracker.wait(drain, 0))
+        self.assertEqual(self.active, ["from afar"])
+
+    def test_an_end_without_an_id_ends_no_request_that_was_left_behind(self):
+        self.start()
+        self.pass_time(1)
+        self.oldest_process = self.clock.now
+        self.start()
+        self.tracker.end()
+        self.assertEqual((self.active, self.figure("left_behind_requests")), ([], 1))
+
+    def test_the_held_start_of_a_process_that_is_gone_is_not_counted(self):
+        self.drain("a")
+        held = self.hold()
+        self.pass_time(1)
+        self.oldest_process = self.clock.now
+        self.tracker.client_gone(held)
+        self.assertEqual((self.active, self.figure("held_starts")), ([], 0))
+
+    def test_reset_lets_all_go_and_keeps_them(self):
+        self.drain("a")
+        held = self.hold("b")
+        self.assertEqual(self.tracker.reset(), 1)
+        self.assertIs(self.answer(held)[2], False)
+        self.assertEqual(self.active, ["b"])
+
+    def test_reset_with_a_prefix_gives_up_only_that_processs(self):
+        for request_id in ("slot1:a", "slot11:a", "slot2:a"):
+            self.start(request_id)
+        self.start()
+        self.assertEqual(self.tracker.reset("slot1:"), 1)
+        self.assertEqual(len(self.active), 3)
+        self.assertNotIn("slot1:a", self.active)
+
+
+def documented_endpoints():
+    """Return {path: (methods, is it only for those who may change what is counted?)}.
+
+    That is what the docstring of sidecar.py says; TestTables holds the program against it.
+    """
+    text = sidecar_module.__doc__.partition("\nEndpoints")[2].partition("\nOn METRICS_PORT")[0]
+    found = {}
+    for entry in re.split(r"^(?=    [* ] [A-Z]+ +/)", text, flags=re.MULTILINE)[1:]:
+        star, method, path = re.match(r"    ([* ]) ([A-Z]+) +(\S+)", entry).groups()
+        found[path] = {method, *re.findall("([A-Z]+) does the same", entry)}, star == "*"
+    return found
+
+
+ENDPOINTS = documented_endpoints()
 
 
 class TestCounting(Case):
@@ -460,7 +870,8 @@ class TestDrain(Case):
     def test_sigterm_waits_for_the_last_request(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             # Only an end wakes it.
-            sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})
+            sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h",
+                                   constants={"REPORT_SECONDS": 3600, "LOOK_SECONDS": 3600})
             sidecar.post("/start-request?id=a")
             sidecar.post("/start-request?id=b")
             sidecar.signal(number)
@@ -533,7 +944,8 @@ class TestDrain(Case):
         self.assertGreaterEqual(time.monotonic() - began, 0.3)
 
     def test_every_caller_of_drain_gets_the_answer(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h", constants={"REPORT_SECONDS": 3600})
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h",
+                               constants={"REPORT_SECONDS": 3600, "LOOK_SECONDS": 3600})
         sidecar.post("/start-request?id=a")
         with_answers = []
 
@@ -563,7 +975,7 @@ class TestDrain(Case):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request?id=a")
         callers = [sidecar.raw(b"GET /drain HTTP/1.1\r\n\r\n") for _ in range(4)]
-        sidecar.get("/health")          # was accepted after them
+        sidecar.get("/health")          # Was accepted after them.
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("INFO signal")
         sidecar.post("/end-request?id=a")
@@ -588,7 +1000,7 @@ class TestDrain(Case):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.5)
         sidecar.post("/start-request?id=a")
         self.assertEqual(sidecar.get("/drain")[0], 503)
-        sidecar.signal(signal.SIGTERM)                  # its grace period is over: no second one
+        sidecar.signal(signal.SIGTERM)                  # Its grace period is over: no second one.
         self.assertEqual(sidecar.wait(), 1)
         sidecar.wait_for("still active request_id=a")
 
@@ -603,7 +1015,7 @@ class TestDrain(Case):
         sidecar.wait_for("serving again")
         self.assertEqual(sidecar.get("/ready")[0], 200)
         self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], False)
-        sidecar.signal(signal.SIGTERM)                  # and the next drain waits again
+        sidecar.signal(signal.SIGTERM)                  # And the next drain waits again.
         sidecar.wait_for("drain started active_requests=1")
         sidecar.post("/end-request?id=b")
         self.assertEqual(sidecar.wait(), 0)
@@ -631,7 +1043,7 @@ class TestDrain(Case):
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGTERM)
-        self.assertEqual(sidecar.get("/ready")[0], 503)     # it is still there
+        self.assertEqual(sidecar.get("/ready")[0], 503)     # It is still there.
         sidecar.post("/end-request")
         self.assertEqual(sidecar.wait(), 0)
         self.assertNotIn("second signal", sidecar.log)
@@ -646,12 +1058,164 @@ class TestDrain(Case):
             self.assertEqual(sidecar.wait(), 1)
 
 
+class TestHolding(Case):
+    """A start that comes while draining, as its client sees it."""
+
+    START = b"POST /start-request HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    def draining(self, *argv, **options):
+        """Return a sidecar that holds starts, and drains because the request "a" is active."""
+        sidecar = self.sidecar(*argv, **dict(dict(HOLD_STARTS="always", GRACE_PERIOD_SECONDS="1h"),
+                                             **options))
+        sidecar.post("/start-request?id=a")
+        caller = sidecar.raw(b"GET /drain HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.addCleanup(caller.close)
+        sidecar.wait_for("drain started")
+        return sidecar
+
+    def hold(self, sidecar, count=1):
+        """Return a connection whose start is held, after the first bytes of its answer."""
+        connection = sidecar.raw(self.START)
+        self.addCleanup(connection.close)
+        until(lambda: sidecar.sample("sidecar_held_starts") == count)
+        return connection
+
+    @staticmethod
+    def read_until(connection, pattern):
+        """Read until what has come matches; return it."""
+        received = b""
+        while not re.search(pattern, received, re.DOTALL):
+            piece = connection.recv(65536)
+            if not piece:
+                raise AssertionError("closed after %r" % received)
+            received += piece
+        return received
+
+    def test_its_answer_trickles_until_it_is_whole(self):
+        """So a time-out for each read never fires, and the connection can be used again."""
+        sidecar = self.draining()
+        connection = self.hold(sidecar)
+        begin = self.read_until(connection, rb"Held: \.\.\.")
+        self.assertRegex(begin, rb"\AHTTP/1.1 200 OK\r\nHeld: \.+\Z")
+        sidecar.post("/reset")
+        rest = self.read_until(connection, rb"}\n")
+        head, _, body = rest.partition(b"\r\n\r\n")
+        self.assertEqual(json.loads(body.decode()), {
+            "request_id": json.loads(body.decode())["request_id"], "active_requests": 2,
+            "draining": False})
+        self.assertIn(b"\r\nContent-Length: %d\r\n" % len(body), head)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.assertTrue(self.read_until(connection, rb"}\n").startswith(b"HTTP/1.1 200 OK\r\n"))
+
+    def test_every_client_library_reads_it(self):
+        """Here the one of the standard library, with a time-out for each read."""
+        sidecar = self.draining(constants={"TRICKLE_SECONDS": 0.05})
+        connection = http.client.HTTPConnection(sidecar.host, sidecar.port, timeout=1)
+        self.addCleanup(connection.close)
+        answers = []
+
+        def ask():
+            connection.request("POST", "/start-request?id=b")
+            answers.append(json.loads(connection.getresponse().read().decode()))
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        sidecar.wait_for("holding starts")
+        sidecar.post("/reset")
+        asking.join(PATIENCE)
+        self.assertEqual([answer["request_id"] for answer in answers], ["b"])
+        self.assertEqual(sidecar.active(), 1)
+
+    def test_a_client_that_hangs_up_is_counted(self):
+        sidecar = self.draining()
+        self.hold(sidecar).close()
+        sidecar.wait_for('starts are not held any longer reason="a client gave up"')
+        self.assertEqual(sidecar.active(), 2)
+        self.assertEqual(sidecar.sample("sidecar_held_starts"), 0)
+
+    def test_a_half_closed_connection_is_no_client_that_hung_up(self):
+        sidecar = self.draining()
+        connection = self.hold(sidecar)
+        connection.shutdown(socket.SHUT_WR)
+        self.read_until(connection, rb"Held: \.\.\.\.")
+        self.assertEqual(sidecar.active(), 1)
+        sidecar.post("/reset")
+        self.read_until(connection, rb'"draining": false}\n')
+
+    def test_the_sidecar_exits_and_answers_nobody(self):
+        sidecar = self.draining()
+        connection = self.hold(sidecar)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("INFO signal")
+        sidecar.post("/end-request?id=a")
+        self.assertEqual(sidecar.wait(), 0)
+        with self.assertRaisesRegex(AssertionError, r"closed after b'HTTP/1.1 200 OK"):
+            self.read_until(connection, rb"}\n")
+
+    def test_the_query_decides_for_one_call(self):
+        sidecar = self.draining(HOLD_STARTS="never")
+        self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], True)
+        self.assertEqual(sidecar.post("/start-request?hold=maybe"),
+                         (400, {"error": "hold 'maybe': expected true or false"}))
+        self.START = self.START.replace(b"request ", b"request?hold=true ")
+        self.hold(sidecar)
+        sidecar = self.draining()
+        self.assertEqual(sidecar.post("/start-request?hold=false")[1]["draining"], True)
+        sidecar.wait_for("drain started")
+        self.assertNotIn("holding starts", sidecar.log)
+
+    def test_auto_holds_only_where_sigterm_surely_ends_the_worker(self):
+        sidecar = self.draining(HOLD_STARTS="auto", KUBERNETES_SERVICE_HOST="10.0.0.1")
+        self.assertEqual(sidecar.post("/start-request")[1]["draining"], True)
+        missing = "WARNING starts are not held while draining missing=\"shareProcessNamespace: true"
+        self.assertEqual(sidecar.log.count(missing), 1)
+        for options in ({"HOLD_STARTS": "never", "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+                        {"HOLD_STARTS": "auto", "KUBERNETES_SERVICE_HOST": None}):
+            self.assertNotIn("starts are not held", self.draining(**options).log)
+
+    def test_the_log_tells_it_once_a_drain(self):
+        sidecar = self.draining()
+        self.hold(sidecar)
+        self.hold(sidecar, 2)
+        sidecar.post("/reset")
+        self.assertEqual(sidecar.log.count("holding starts"), 1)
+
+    def test_run_ends_a_worker_whose_next_start_is_held(self):
+        """One without a signal handler, which does not look at `draining`."""
+        loop = ("import json, os, urllib.request as u\n"
+                "while True:\n"
+                "    for path in ('/start-request', '/end-request'):\n"
+                "        u.urlopen(u.Request(os.environ['SIDECAR_URL'] + path, method='POST'))\n")
+        sidecar = self.sidecar("run", "--", sys.executable, "-c", loop, GRACE_PERIOD_SECONDS="1h")
+        until(lambda: sidecar.get("/metrics")[1]["total_requests"] > 20)
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 128 + signal.SIGTERM)
+        sidecar.wait_for("drain completed active_requests=0 held_starts=[01] ")
+        self.assertNotIn("request given up", sidecar.log)
+
+    def test_run_lets_a_worker_go_on_that_ends_in_its_own_way(self):
+        """It has a handler for SIGTERM, and first does what it has taken."""
+        loop = ("import os, signal, sys, urllib.request as u\n"
+                "stopping = []\n"
+                "signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))\n"
+                "done = 0\n"
+                "while not stopping:\n"
+                "    for path in ('/start-request', '/end-request'):\n"
+                "        u.urlopen(u.Request(os.environ['SIDECAR_URL'] + path, method='POST'))\n"
+                "    done += 1\n"
+                "sys.exit(7 if done else 8)\n")
+        sidecar = self.sidecar("run", "--", sys.executable, "-c", loop, GRACE_PERIOD_SECONDS="1h")
+        until(lambda: sidecar.get("/metrics")[1]["total_requests"] > 20)
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), 7)
+        self.assertNotIn("request given up", sidecar.log)
+
+
 class TestEndpoints(Case):
     """What is common to every endpoint."""
 
     def test_head_works_wherever_get_does(self):
         sidecar = self.sidecar()
-        for path in ("/metrics", "/requests", "/health", "/ready"):
+        for path in [path for path, (methods, star) in ENDPOINTS.items() if not star]:
             with_body, without = sidecar.answers(
                 ("GET %s HTTP/1.1\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
             self.assertEqual((with_body[0], without[0]), (200, 200), path)
@@ -673,15 +1237,12 @@ class TestEndpoints(Case):
 
     def test_wrong_methods_are_405_with_allow(self):
         sidecar = self.sidecar()
-        for method, path, allow in (("GET", "/start-request", "POST"),
-                                    ("PUT", "/end-request", "POST"),
-                                    ("POST", "/metrics", "GET, HEAD"),
-                                    ("DELETE", "/drain", "GET, POST, HEAD"),
-                                    ("OPTIONS", "/health", "GET, HEAD"),
-                                    ("POST", "/ready", "GET, HEAD")):
-            answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
-            self.assertEqual((answer[0], answer[1]["allow"]), (405, allow))
-            self.assertIn("error", json.loads(answer[2]))
+        for path, (methods, _) in ENDPOINTS.items():
+            allow = ", ".join(sorted(methods) + ["HEAD"] * ("GET" in methods))
+            for method in {"GET", "POST", "PUT", "DELETE", "OPTIONS", "BREW"} - methods:
+                answer = sidecar.answers(("%s %s HTTP/1.0\r\n\r\n" % (method, path)).encode())[0]
+                self.assertEqual((answer[0], answer[1]["allow"]), (405, allow), (method, path))
+                self.assertIn("error", json.loads(answer[2]))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
         self.assertEqual(sidecar.call("POST", "/metrics", port=sidecar.metrics_port)[0], 405)
 
@@ -890,45 +1451,42 @@ class TestHostileClients(Case):
             self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
 
 
+def read_families(text):
+    """Return {family: [type, help, {sample with its labels: value}]} of an exposition.
+
+    AssertionError: a line of it is none, or stands where it may not.
+    """
+    families, current = {}, None
+    for line in text.splitlines():
+        comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
+        sample = re.fullmatch(
+            r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
+        if comment and comment.group(1) == "HELP":
+            current = comment.group(2)
+            assert current not in families, line
+            families[current] = [None, comment.group(3), {}]
+        elif comment:
+            assert comment.group(2) == current, line
+            families[current][0] = comment.group(3)
+        else:
+            assert sample and sample.group(1).startswith(current), line
+            name = sample.group(1) + (sample.group(2) or "")
+            families[current][2][name] = float(sample.group(3))
+    return families
+
+
 class TestPrometheus(Case):
     """Port 9091, as text 0.0.4 and as OpenMetrics."""
-
-    KINDS = {"sidecar_active_requests": "gauge", "sidecar_requests_total": "counter",
-             "sidecar_request_duration_seconds": "histogram",
-             "sidecar_unmatched_ends_total": "counter",
-             "sidecar_oldest_request_age_seconds": "gauge", "sidecar_draining": "gauge",
-             "sidecar_last_request_timestamp_seconds": "gauge",
-             "sidecar_start_time_seconds": "gauge", "sidecar_info": "gauge"}
-
-    def families(self, text):
-        """Return {family: (type, help, {sample with labels: value})} of an exposition; each line is
-        checked."""
-        families, current = {}, None
-        for line in text.splitlines():
-            comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
-            sample = re.fullmatch(
-                r'([a-z_]+)(\{[a-z_]+="[^"]*"(?:,[a-z_]+="[^"]*")*\})? ([-+0-9.e]+)', line)
-            if comment and comment.group(1) == "HELP":
-                current = comment.group(2)
-                self.assertNotIn(current, families)
-                families[current] = [None, comment.group(3), {}]
-            elif comment:
-                self.assertEqual(comment.group(2), current)
-                families[current][0] = comment.group(3)
-            else:
-                self.assertTrue(sample, line)
-                self.assertTrue(sample.group(1).startswith(current), line)
-                families[current][2][sample.group(1)
-                                     + (sample.group(2) or "")] = float(sample.group(3))
-        return families
 
     def test_every_metric_has_its_help_type_and_value(self):
         sidecar = self.sidecar()
         for path in ("/start-request?id=a", "/start-request?id=b",
                      "/end-request?id=a&duration=40ms", "/end-request"):
             sidecar.post(path)
-        families = self.families(sidecar.prometheus())
-        self.assertEqual({name: families[name][0] for name in self.KINDS}, self.KINDS)
+        families = read_families(sidecar.prometheus())
+        for name, (kind, description, values) in families.items():
+            self.assertIn(kind, ("counter", "gauge", "histogram"), name)
+            self.assertTrue(description and values, name)
         value = {name: samples for _, _, family in families.values()
                  for name, samples in family.items()}
         self.assertEqual([value["sidecar_active_requests"], value["sidecar_requests_total"],
@@ -954,7 +1512,7 @@ class TestPrometheus(Case):
         for seconds in durations:
             sidecar.post("/start-request")
             sidecar.post("/end-request?duration=%s" % seconds)
-        _, _, samples = self.families(sidecar.prometheus())["sidecar_request_duration_seconds"]
+        _, _, samples = read_families(sidecar.prometheus())["sidecar_request_duration_seconds"]
         buckets = [(re.search('le="(.*)"', name).group(1), count) for name, count in samples.items()
                    if "_bucket" in name]
         self.assertEqual([bound for bound, _ in buckets],
@@ -980,6 +1538,106 @@ class TestPrometheus(Case):
             self.assertEqual(text.endswith("# EOF\n"), "openmetrics" in expected)
             self.assertEqual("# TYPE sidecar_requests counter" in text, "openmetrics" in expected)
             self.assertIn("\nsidecar_requests_total 0\n", text)
+
+
+def readme_table(heading):
+    """Return the rows of the first table below a heading of README, each a list of its cells."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        below = file.read().partition("\n%s\n" % heading)[2]
+    table = re.search(r"^(?:\|.*\n)+", below, re.MULTILINE).group()
+    rows = table.splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+class TestTables(Case):
+    """What the program has stands in its docstring and in README, and nothing else stands there."""
+
+    DOCSTRING = sidecar_module.__doc__
+    VARIABLES = DOCSTRING.partition("\nVariables")[2].partition("\nSIGTERM")[0]
+
+    def routes(self, sidecar, port):
+        """Return {path: [methods]}, as a running sidecar tells who asks for what is not there."""
+        told = sidecar.call("GET", "/nowhere", port=port)[1]["error"]
+        found = {}
+        for path in told.partition("expected one of ")[2].split(", "):
+            answer = sidecar.answers(("BREW %s HTTP/1.0\r\n\r\n" % path).encode(), port)[0]
+            self.assertEqual(answer[0], 405, path)
+            found[path] = set(answer[1]["allow"].split(", ")) - {"HEAD"}
+        return found
+
+    def test_endpoints(self):
+        sidecar = self.sidecar()
+        routes = self.routes(sidecar, sidecar.port)
+        self.assertEqual(routes, {path: methods for path, (methods, _) in ENDPOINTS.items()})
+        in_readme = {}
+        for call, _ in readme_table("## Endpoints, on port 8081"):
+            path = re.search(r"/[-a-z]*", call).group()
+            in_readme.setdefault(path, set()).update(re.findall("GET|POST", call))
+        self.assertEqual(routes, in_readme)
+        self.assertEqual(self.routes(sidecar, sidecar.metrics_port), {"/metrics": {"GET"}})
+        self.assertIn("On METRICS_PORT: GET /metrics,", self.DOCSTRING)
+
+    def test_those_with_a_star_answer_no_page_of_another_site(self):
+        sidecar = self.sidecar()
+        for path, (methods, star) in ENDPOINTS.items():
+            for method in methods:
+                status = sidecar.call(method, path, headers={"Sec-Fetch-Site": "cross-site"})[0]
+                self.assertEqual(status == 403, star, (method, path))
+
+    def test_variables(self):
+        asked_for = []
+
+        class Environment(dict):
+            def get(self, name, default=None):
+                asked_for.append(name)
+                return default
+
+        sidecar_module.Settings(Environment())
+        in_docstring = re.findall("^    ([A-Z_]{2,}) ", self.VARIABLES, re.MULTILINE)
+        in_readme = {name: default for name, default, _ in
+                     readme_table("## Variables, all of them optional")}
+        self.assertEqual(sorted(in_docstring), sorted(set(asked_for)))
+        self.assertEqual(sorted(in_readme), sorted(set(asked_for)))
+
+    def test_their_defaults(self):
+        unset = vars(sidecar_module.Settings({}))
+        for name, default, _ in readme_table("## Variables, all of them optional"):
+            entry = re.search("^    %s .*" % name, self.VARIABLES, re.MULTILINE).group()
+            if default:
+                self.assertRegex(entry, " {2,}%s(:|$)" % re.escape(default))
+            if name != "SIDECAR_HOST":          # Its default is words, not a value.
+                self.assertEqual(vars(sidecar_module.Settings({name: default})), unset, name)
+
+    def test_commands(self):
+        asked = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "brew"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+        commands = asked.stdout.decode().partition("or one of ")[2].strip().split(", ")
+        first, others = re.search(r"python sidecar.py (\w+) +ask a running sidecar.*?also:(.*?)\.",
+                                  self.DOCSTRING, re.DOTALL).groups()
+        self.assertEqual([first] + others.replace(",", " ").split(), commands)
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            told = re.search(r"`python sidecar.py (\w+)` \(or (.*?)\)", file.read(), re.DOTALL)
+        self.assertEqual([told.group(1)] + re.findall(r"`(\w+)`", told.group(2)), commands)
+
+    def test_figures(self):
+        sidecar = self.sidecar()
+        kinds = {name: kind for name, (kind, _, _) in read_families(sidecar.prometheus()).items()}
+        ours = {name: kind for name, kind in kinds.items() if not name.startswith("process_")}
+        in_readme = readme_table("### Metrics")
+        self.assertEqual({name.strip("`"): kind for _, name, kind, _ in in_readme if name}, ours)
+        self.assertEqual([field.strip("`") for field, _, _, _ in in_readme if field],
+                         list(sidecar.get("/metrics")[1]))
+
+    def test_figures_in_the_help(self):
+        sidecar = self.sidecar()
+        told = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "--help"],
+                              stdout=subprocess.PIPE, timeout=PATIENCE).stdout.decode()
+        figures = told.partition("\nFigures")[2]
+        fields = re.findall("^    ([a-z_]+) ", figures, re.MULTILINE)
+        self.assertEqual(fields, list(sidecar.get("/metrics")[1]))
+        families = read_families(sidecar.prometheus())
+        self.assertEqual(re.findall(r"^ +(sidecar_\w+), an? \w+$", figures, re.MULTILINE),
+                         [name for name in families if not name.startswith("process_")])
 
 
 class TestCommands(Case):
@@ -1027,7 +1685,7 @@ class TestCommands(Case):
 
     def test_without_a_sidecar_there_it_is_one_line_and_1(self):
         with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))            # and nobody listens
+            taken.bind(("127.0.0.1", 0))            # And nobody listens.
             status, output, errors = self.run_sidecar("health", SIDECAR_URL="http://127.0.0.1:%d"
                                                       % taken.getsockname()[1])
         self.assertEqual((status, output, errors.count("\n")), (1, "", 1))
@@ -1156,7 +1814,7 @@ class TestGivenUp(Case):
         until(lambda: sidecar.active() == 0)
         sidecar.wait_for("request given up request_id=hung age_seconds=")
         self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 2)
-        for query in ("?id=hung&duration=7s", "?duration=8s"):          # late, and no error
+        for query in ("?id=hung&duration=7s", "?duration=8s"):          # Late, and no error.
             self.assertEqual(sidecar.post("/end-request" + query),
                              (200, {"active_requests": 0, "draining": False}))
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 15)
@@ -1266,7 +1924,7 @@ class TestSidecarClient(Case):
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 2)
 
     def test_draining_is_told(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=0.2)
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         client = self.client(sidecar.url)
         sidecar.post("/start-request?id=other")
         drain = threading.Thread(target=sidecar.get, args=("/drain",), daemon=True)
@@ -1276,8 +1934,10 @@ class TestSidecarClient(Case):
         sidecar.wait_for("drain started")
         with client.track():
             self.assertTrue(client.draining)
+        self.assertFalse(client.ready())
+        sidecar.post("/reset")              # no SIGTERM came
         drain.join(PATIENCE)
-        until(client.ready)                 # no SIGTERM came
+        self.assertTrue(client.ready())
         self.assertFalse(client.draining)
 
     def test_a_connection_that_the_sidecar_closed_is_opened_again(self):
@@ -1432,7 +2092,7 @@ class TestConsole(Case):
         self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 1)
 
     def test_while_the_sidecar_drains_nothing_is_taken(self):
-        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=1)
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         bot = self.bot(SIDECAR_URL=sidecar.url)
         self.say(bot, "before")
         bot.wait_for("Echo: before")
@@ -1445,8 +2105,8 @@ class TestConsole(Case):
         bot.wait_for("Echo: in hand")
         bot.wait_for("the sidecar is draining")
         self.assertNotIn("Echo: afterwards", bot.log)
-        bot.wait_for("Echo: afterwards")                # the drain was undone: no SIGTERM came
-        sidecar.wait_for("serving again")
+        sidecar.post("/reset")                          # no SIGTERM came
+        bot.wait_for("Echo: afterwards")
         drain.join(PATIENCE)
 
     def test_replies_keep_telegrams_limits(self):
@@ -1535,8 +2195,9 @@ class ScriptedSidecar(http.server.ThreadingHTTPServer):
 
 
 class Clients:
-    """What each client in the README must do. A language adds how its blocks become a program, and
-    its own handler.
+    """What each client in the README must do.
+
+    A language adds how its blocks become a program, and its own handler.
 
     Every program reads its messages from standard input, a line each, and ends with status 0 at the
     end of it. "work" takes 60 ms; "hold" lasts until the next line; "throw" throws an error. It
@@ -1681,7 +2342,7 @@ class Clients:
             sidecar.wait_for("path=/ready", after=before)
             before = len(sidecar.lines)
         self.assertNotIn("took work b", worker.log)
-        sidecar.post("/start-request")          # brings the sidecar back to serving
+        sidecar.post("/reset")                  # brings the sidecar back to serving
         worker.wait_for("did work b")
         self.assertEqual(self.finish(worker), 0, worker.log)
 
@@ -1786,8 +2447,7 @@ class TestPage(Case):
     def test_curl_gets_the_list_of_endpoints(self):
         headers, body = self.front(b"*/*")
         self.assertEqual(headers["content-type"], "text/plain; charset=utf-8")
-        for path in ("/start-request", "/end-request", "/reset", "/metrics", "/requests", "/health",
-                     "/ready", "/drain"):
+        for path in ENDPOINTS:
             self.assertIn(" %s " % path, body)
         self.assertNotIn("Variables", body)
 
@@ -1805,8 +2465,10 @@ class TestScrapes(Case):
         over = threading.Event()
 
         def work(number):
-            """Start and end requests, many in one piece. Each takes a quarter of a second, it says:
-            sums are exact."""
+            """Start and end requests, many in one piece.
+
+            Each says that it took a quarter of a second, so that sums are exact.
+            """
             paths = ("/start-request", "/start-request?id=%d" % number,
                      "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
             batch = "".join("POST %s HTTP/1.1\r\n\r\n" % path for path in paths).encode() * 25
@@ -1846,7 +2508,7 @@ class TestScrapes(Case):
                 over.set()
 
         seen = in_threads(4, play)[0]
-        self.assertGreater(len({active for active, _ in seen}), 2)    # or nothing went on meanwhile
+        self.assertGreater(len({active for active, _ in seen}), 2)   # Or nothing went on meanwhile.
         self.assertGreater(len(seen), 30)
 
     def test_what_was_given_up_adds_up_too(self):
@@ -1916,7 +2578,7 @@ class TestRun(Case):
         sidecar.post("/start-request?id=a")
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
-        self.assertEqual(sidecar.post("/start-request?id=b")[1]["draining"], True)
+        self.assertEqual(sidecar.post("/start-request?id=b&hold=false")[1]["draining"], True)
         for name in "ab":
             self.assertNotIn("got ", sidecar.log)
             self.assertEqual(sidecar.post("/end-request?id=" + name)[0], 200)
@@ -1927,7 +2589,7 @@ class TestRun(Case):
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "only Linux has CPU affinities")
     def test_the_sidecar_keeps_to_one_cpu_and_leaves_the_worker_all_of_them(self):
         sidecar = self.worker()
-        sidecar.get("/health")                           # there is a thread of a connection as well
+        sidecar.get("/health")                          # There is a thread of a connection as well.
         pid = sidecar.process.pid
         cpus = {cpu for thread in os.listdir("/proc/%d/task" % pid)
                 for cpu in os.sched_getaffinity(int(thread))}
@@ -1940,7 +2602,7 @@ class TestRun(Case):
         sidecar.wait_for("got SIGINT")
         sidecar.wait_for("drain completed")
         self.assertIsNone(sidecar.process.poll())
-        sidecar.signal(signal.SIGTERM)                      # a second one
+        sidecar.signal(signal.SIGTERM)                      # A second one.
         self.assertEqual(sidecar.wait(), 3)
 
     def test_a_second_signal_is_passed_on_at_once(self):
@@ -1959,7 +2621,7 @@ class TestRun(Case):
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.get("/ready")[0], 503)
-        sidecar.signal(signal.SIGUSR1)                  # what comes after it is passed on
+        sidecar.signal(signal.SIGUSR1)                  # What comes after it is passed on.
         sidecar.wait_for("got SIGUSR1")
         self.assertNotIn("got SIGTERM", sidecar.log)
         sidecar.post("/end-request")
@@ -1999,7 +2661,7 @@ class TestRun(Case):
             sidecar.wait_for("request given up request_id=%s age_seconds=" % name)
         sidecar.wait_for("worker ended status=137")
         caller.join(PATIENCE)
-        self.assertEqual(len(waiting), 1)                 # whoever waited for a drain got an answer
+        self.assertEqual(len(waiting), 1)                # Whoever waited for a drain got an answer.
 
     def test_other_signals_are_passed_on_at_once(self):
         sidecar = self.worker()
@@ -2037,23 +2699,25 @@ class TestRun(Case):
             self.assertEqual((run.returncode, run.stderr.count(b"\n")), (2, 1), argv)
 
     def test_what_the_worker_inherits(self):
-        """Standard input, output and errors, other descriptors, signal mask and dispositions: as
-        without the sidecar."""
+        """Standard input, output and errors, other descriptors, signal mask and dispositions."""
+        script = ("read line; echo out $line; echo err >&2; (cd /proc/$$/fd; echo *); "
+                  "while read name mask; do case $name in SigBlk:|SigIgn:|SigCgt:) "
+                  "echo $name $mask;; esac; done </proc/$$/status")
+
+        def told(output):       # Without signals 32 and 33, which libc sets for its threads.
+            masks = re.findall("^(Sig...): (.*)$", output, re.MULTILINE)
+            return output.partition("Sig")[0], [
+                (name, int(mask, 16) & ~(3 << 31)) for name, mask in masks]
+
         with tempfile.TemporaryFile() as file:
             os.set_inheritable(file.fileno(), True)
-            script = ("read line; echo out $line; echo err >&2; "
-                      "ls -l /proc/self/fd | sed 's/.*[0-9][0-9]:[0-9][0-9] //' | grep -c tmp; "
-                      "exec grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status")
-
-            def told(output):       # without signals 32 and 33, which libc sets for its threads
-                masks = re.findall("^(Sig...):\t(.*)$", output, re.MULTILINE)
-                return output.partition("Sig")[0], [
-                    (name, int(mask, 16) & ~(3 << 31)) for name, mask in masks]
             options = dict(input=b"in\n", close_fds=False)
             plain = subprocess.run([shutil.which("sh"), "-c", script], capture_output=True,
                                    timeout=PATIENCE, **options)
             status, output, errors = self.done("sh", "-c", script, **options)
+            self.assertIn(str(file.fileno()), output.splitlines()[1].split())
         self.assertEqual((status, told(output)), (0, told(plain.stdout.decode())))
+        self.assertEqual([name for name, _ in told(output)[1]], ["SigBlk", "SigIgn", "SigCgt"])
         self.assertIn("err\n", errors)
         descriptors = self.done(sys.executable, "-c",
                                 "import os; print(len(os.listdir('/proc/self/fd')))")[1]
@@ -2061,14 +2725,17 @@ class TestRun(Case):
         self.assertEqual(descriptors, "4\n")
 
     def test_a_parent_that_ignored_sigchld(self):
-        """Such a disposition is inherited, and the kernel then tells nobody how a child ended."""
+        """Such a disposition is inherited, also by the worker; the kernel then tells nobody how a
+        child ended."""
         ignoring = ("import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
                     "os.execv(sys.argv[1], sys.argv[1:])")
         run = subprocess.run([sys.executable, "-c", ignoring, sys.executable,
-                              os.path.join(HERE, "sidecar.py"), "run", "--", "sh", "-c", "exit 7"],
+                              os.path.join(HERE, "sidecar.py"), "run", "--", sys.executable, "-c",
+                              "import signal, sys; sys.exit(7 + (signal.getsignal(signal.SIGCHLD) "
+                              "== signal.SIG_IGN))"],
                              env=dict(os.environ, SIDECAR_PORT="0", METRICS_PORT="0"),
                              stderr=subprocess.DEVNULL, timeout=PATIENCE)
-        self.assertEqual(run.returncode, 7)
+        self.assertEqual(run.returncode, 8)
 
     def test_at_a_terminal_the_worker_gets_each_key_once(self):
         """Ctrl-C, and what else a terminal sends to all of its foreground processes."""
@@ -2089,14 +2756,14 @@ class TestRun(Case):
                                     (lambda: os.write(terminal, b"\x1c"), b"got SIGQUIT"),
                                     (lambda: fcntl.ioctl(terminal, 0x5414, struct.pack(
                                         "HHHH", 7, 7, 7, 7)), b"got SIGWINCH")):
-                press()                   # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ)
+                press()                  # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ).
                 while expected not in shown:
                     shown += read()
-            os.kill(pid, signal.SIGTERM)              # no terminal's, so it drains and passes it on
+            os.kill(pid, signal.SIGTERM)             # No terminal's, so it drains and passes it on.
             while True:
                 try:
                     shown += read()
-                except OSError:                  # the terminal's way to say that all have closed it
+                except OSError:                 # The terminal's way to say that all have closed it.
                     break
         finally:
             os.close(terminal)
@@ -2107,6 +2774,28 @@ class TestRun(Case):
                           for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
         self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
                          [1, 1], shown)
+
+    def test_its_process_group(self):
+        """One of its own, so that what is sent to ours does not reach it before the drain."""
+        sidecar = self.worker()
+        worker = child_of(sidecar.process.pid)
+        self.assertEqual(os.getpgid(worker), worker)
+        self.assertNotEqual(os.getpgid(sidecar.process.pid), worker)
+
+    def test_where_nobody_says_who_sent_a_signal(self):
+        """As on macOS, which has no sigwaitinfo."""
+        sidecar = self.program(
+            sys.executable, "-c", "import signal, sys; del signal.sigwaitinfo; "
+            "sys.path.insert(0, %r); import sidecar; sidecar.main(sys.argv[1:])" % HERE,
+            "run", "--", sys.executable, "-c", WORKER,
+            env={"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0})
+        sidecar.wait_for("worker is up")
+        sidecar.signal(signal.SIGUSR1)
+        sidecar.wait_for("got SIGUSR1")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain completed")
+        sidecar.wait_for("got SIGTERM")
+        self.assertEqual(sidecar.wait(), 3)
 
     def test_nothing_wakes_up_while_idle(self):
         for sidecar in (self.sidecar(), self.worker()):
@@ -2120,13 +2809,13 @@ class TestRun(Case):
                         with open("%s/%s/status" % (folder, task)) as file:
                             last = file.read().rpartition("\nvoluntary_ctxt_switches:")[2]
                             told[task] = int(last.split()[0])
-                    except OSError:                         # the thread of the call above ends
+                    except OSError:                         # The thread of the call above ends.
                         told[task] = None
                 return told
 
             def unchanged():
                 before = switches()
-                time.sleep(1.5)              # nothing to wait for: it is nothing that should happen
+                time.sleep(1.5)             # Nothing to wait for: it is nothing that should happen.
                 return before == switches()
             until(unchanged, "an idle while")
 
@@ -2134,12 +2823,11 @@ class TestRun(Case):
 class TestCallers(Case):
     """Who may call what."""
 
-    CHANGING = (("POST", "/start-request"), ("POST", "/end-request?duration=1s"),
-                ("POST", "/reset"), ("POST", "/drain"), ("GET", "/drain"), ("HEAD", "/drain"))
-
     def test_a_page_of_another_site(self):
         sidecar = self.sidecar()
-        for method, path in self.CHANGING:
+        changing = [(method, path) for path, (methods, star) in ENDPOINTS.items() if star
+                    for method in (methods | {"HEAD"} if "GET" in methods else methods)]
+        for method, path in changing:
             for headers in ({"Origin": "https://example.com"}, {"Origin": "null"}, {"Origin": ""},
                             {"Origin": "http://127.0.0.1.example.com"},
                             {"Origin": "http://localhost.example.com"},
@@ -2150,9 +2838,10 @@ class TestCallers(Case):
                                  (path, headers))
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
         self.assertEqual(sidecar.get("/ready")[0], 200)
-        for path in ("/metrics", "/requests", "/health", "/ready"):
-            self.assertEqual(
-                sidecar.call("GET", path, headers={"Origin": "https://example.com"})[0], 200, path)
+        for path, (_, star) in ENDPOINTS.items():
+            headers = {"Origin": "https://example.com"}
+            if not star:
+                self.assertEqual(sidecar.call("GET", path, headers=headers)[0], 200, path)
 
     def test_ipv4_mapped_ipv6_loopback_counts_as_loopback(self):
         trusts = sidecar_module.Api(
@@ -2172,7 +2861,7 @@ class TestCallers(Case):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-SIDE_BY_SIDE = 4    # classes, each in a process of its own: most of a test is waiting
+SIDE_BY_SIDE = 4    # Classes, each in a process of its own: most of a test is waiting.
 
 
 def run_class(name):
@@ -2184,12 +2873,14 @@ def run_class(name):
 
 
 def read_result(name, text):
-    """Return what unittest printed as (a line for each test, the problems in detail, {"tests": 7,
-    "failures": 1})."""
+    """Return what unittest printed: a line for each test, the problems in detail, the counts.
+
+    The counts are a dict such as {"tests": 7, "failures": 1}.
+    """
     told, _, verdict = text.rpartition("\n" + "-" * 70 + "\n")
     summary = re.match(r"Ran (\d+) tests? in .*\n\n(?:OK|FAILED|NO TESTS RAN)(?: \((.*)\))?\n",
                        verdict)
-    if not summary:                         # it was killed, or broke before its first test
+    if not summary:                         # It was killed, or broke before its first test.
         return "", "\n%s ended without a summary:\n%s\n" % (name, text), {"tests": 0, "errors": 1}
     counts = {what: int(count)
               for what, count in re.findall(r"([a-z ]+)=(\d+)", summary.group(2) or "")}
@@ -2198,8 +2889,7 @@ def read_result(name, text):
 
 
 def run_all():
-    """Run every class, print what unittest would print of one run of them all, and return the exit
-    status."""
+    """Run every class, print what unittest prints of one run, and return the exit status."""
     began, problems, counts = time.monotonic(), "", collections.Counter()
     classes = [name for name, thing in globals().items() if isinstance(thing, type)
                and name.startswith("Test")]

@@ -38,14 +38,14 @@ VENV_PYTHON = os.path.join(CACHE, "venv", "bin", "python")
 GO_PEER = os.path.join(CACHE, "go-peer")
 
 START, END = "POST /start-request", "POST /end-request?duration=1.2s"
-PATIENCE = 60                   # seconds after which a server that does not answer has failed
-BURST_PATIENCE = 10             # seconds after which a connect of a burst has
+PATIENCE = 60                   # Seconds after which a server that does not answer has failed.
+BURST_PATIENCE = 10             # Seconds after which a connect of a burst has failed.
 
 Size = namedtuple(
     "Size", "rounds seconds starts pairs pairs_seconds idle_seconds messages active scrape_seconds")
 FULL = Size(5, 3, 21, 1000000, 120, 30, 5000, 10000, 30)
 QUICK = Size(1, 1, 3, 1000, 1, 2, 200, 1000, 2)
-CONNECTS = 300                  # of a burst
+CONNECTS = 300                  # So many make a burst.
 
 
 # ---- Servers -------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def python_peer(file):
     return [VENV_PYTHON, os.path.join(PEERS, file)]
 
 
-COMMANDS = {                    # the heading of its column: (its name for --only, what starts it)
+COMMANDS = {                    # The heading of its column: (its name for --only, what starts it).
     "`sidecar.py`": ("sidecar", [sys.executable, os.path.join(ROOT, "sidecar.py")]),
     "http.server": ("http.server", python_peer("http_server.py")),
     "Flask, waitress": ("flask", python_peer("flask_waitress.py")),
@@ -152,7 +152,7 @@ def rss_mib(pid):
 
 def cpu_seconds(pid):
     with open("/proc/%d/stat" % pid) as file:
-        fields = file.read().rpartition(") ")[2].split()        # from the third field of proc(5) on
+        fields = file.read().rpartition(") ")[2].split()       # From the third field of proc(5) on.
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -177,8 +177,10 @@ def descriptors(pid):
 # ---- Load ----------------------------------------------------------------------------------------
 
 def load(port, connections, seconds, calls=(START, END), close=False):
-    """Let wrk call in turn what `calls` says; return {"turns_a_second", "p50_us", "p99_us",
-    "failed", ...}."""
+    """Let wrk call in turn what `calls` says; return what it measured.
+
+    That is {"turns_a_second", "p50_us", "p99_us", "failed", ...}.
+    """
     argv = ["wrk", "-t%d" % connections, "-c%d" % connections, "-d%ds" % seconds, "--timeout",
             "10s", "-s", os.path.join(PEERS, "load.lua"), "http://127.0.0.1:%d" % port, "--"]
     output = subprocess.run(argv + ["close"] * close + list(calls), stdout=subprocess.PIPE,
@@ -213,7 +215,7 @@ def pairs(columns, size):
     with ExitStack() as stack:
         servers = serve(stack, columns)
         for server in servers.values():
-            load(server.port, 16, 1)                            # warm
+            load(server.port, 16, 1)                            # It warms up.
         for label, connections, close in settings:
             results = {column: [] for column in columns}
             for _ in range(size.rounds):
@@ -324,7 +326,7 @@ def idle(columns, size):
     """Wake-ups and CPU time while nothing happens."""
     with ExitStack() as stack:
         servers = serve(stack, columns)
-        time.sleep(1)                                           # what follows a start is over
+        time.sleep(1)                                           # What follows a start is over.
         before = {column: (wake_ups(server.pid), cpu_seconds(server.pid))
                   for column, server in servers.items()}
         time.sleep(size.idle_seconds)
@@ -337,8 +339,10 @@ def idle(columns, size):
 
 
 def last_end(columns, size):
-    """With SIGTERM received: from the last /end-request, as it is sent, to the process's exit.
-    Peers have no drain."""
+    """After SIGTERM: from the last /end-request, as it is sent, to the process's exit.
+
+    The peers have no drain.
+    """
     took_ms = []
     for _ in range(size.starts if SIDECAR in columns else 0):
         with Server(SIDECAR) as server:
@@ -406,8 +410,10 @@ def connect_at_once(port):
 
 
 def many_active(columns, size):
-    """What a call costs with many active requests, beside what it costs with none: one must not
-    grow with the other."""
+    """What a call costs with many active requests, beside what it costs with none.
+
+    One must not grow with the other.
+    """
     calls = [("A pair", (START, END), columns),
              ("- a pair with an id", ("POST /start-request?id=a", "POST /end-request?id=a"),
               [SIDECAR]), ("- `GET /metrics`", ("GET /metrics",), columns)]
@@ -431,7 +437,7 @@ def many_active(columns, size):
 def scrape(columns, size):
     """Load from 64 connections, with and without a Prometheus scrape each second."""
     took_ms = {column: [] for column in columns}
-    rates = {column: ([], []) for column in columns}            # without a scrape, with
+    rates = {column: ([], []) for column in columns}            # Without and with a scrape.
     with ExitStack() as stack:
         servers = serve(stack, columns)
         for _ in range(size.rounds):
@@ -451,8 +457,10 @@ def scrape(columns, size):
 
 @contextmanager
 def scraped_each_second(server, took_ms):
-    """Scrape the server's Prometheus port during the `with` block; add what each scrape took to
-    `took_ms`."""
+    """Scrape the server's Prometheus port during the `with` block.
+
+    What each scrape took is added to `took_ms`.
+    """
     stop = threading.Event()
 
     def scrape_until_stopped():
@@ -483,8 +491,9 @@ PARTS = {"pairs": pairs, "track": track, "cold-start": cold_start, "memory": mem
 # ---- Soak ----------------------------------------------------------------------------------------
 
 def soak(seconds):
-    """Load the sidecar in every way for so long; return 1 if its memory, threads or descriptors
-    grow, else 0.
+    """Load the sidecar in every way for so long; return 1 if something grows, else 0.
+
+    What may not grow are its memory, threads and descriptors.
 
     A sample is taken after each round of load, when its connections are closed and what it left
     active is ended. The first quarter is for threads and allocators to take what they keep; the
@@ -515,8 +524,10 @@ def soak(seconds):
 
 
 def settle(pid):
-    """Wait until the server, too, has closed the connections of a load that is over: its
-    descriptors stay equal."""
+    """Wait until the server has closed the connections of a load that is over.
+
+    Its descriptors then stay equal.
+    """
     over_at, equal, last = time.monotonic() + PATIENCE, 0, None
     while equal < 5 and time.monotonic() < over_at:
         count = descriptors(pid)

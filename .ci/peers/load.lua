@@ -1,13 +1,16 @@
--- The load, for wrk: each connection says what a worker says, POST /start-request, then POST /end-request, and so on.
+-- The load, for wrk: each connection says what a worker says, POST /start-request, then
+-- POST /end-request, and so on.
 --
--- wrk does not tell a script which connection a request is for, so bench.py gives each connection a thread: a thread has
--- a Lua state of its own. The time from one start to the next on a connection is the time that a pair takes, with
--- both answers read, and with the connects where each call has a connection of its own.
+-- wrk does not tell a script which connection a request is for, so bench.py gives each connection a
+-- thread: a thread has a Lua state of its own. The time from one start to the next on a connection
+-- is the time that a pair takes, with both answers read, and with the connects where each call has
+-- a connection of its own.
 --
--- Arguments: what to ask for in turn, as "POST /start-request"; before them "close", for a new connection each time.
--- The last line of the output is JSON.
+-- Arguments: what to ask for in turn, as "POST /start-request"; before them "close", for a new
+-- connection each time. The last line of the output is JSON.
 local ffi = require("ffi")
-ffi.cdef("typedef struct { long seconds, nanoseconds; } Time; int clock_gettime(int clock, Time *time);")
+ffi.cdef("typedef struct { long seconds, nanoseconds; } Time;" ..
+         "int clock_gettime(int clock, Time *time);")
 local time = ffi.new("Time")
 local MONOTONIC = 1
 local STEPS = 50                    -- buckets of the histogram in a factor of e: 2 % each
@@ -16,12 +19,13 @@ local threads = {}
 
 function setup(thread)
     table.insert(threads, thread)
-    thread:set("rehearsal", #threads == 1)      -- wrk asks the first thread for a request that it does not send
+    -- wrk asks the first thread for a request that it does not send.
+    thread:set("rehearsal", #threads == 1)
 end
 
 function init(arguments)
     texts, turn, last, buckets = {}, 0, nil, {}
-    -- what Go's client sends: more headers than Python's http.client has, fewer than Python's requests has
+    -- As Go's client: more headers than Python's http.client has, fewer than Python's requests has.
     local headers = {["User-Agent"] = "Go-http-client/1.1", ["Accept-Encoding"] = "gzip"}
     for _, argument in ipairs(arguments) do
         if argument == "close" then
@@ -76,7 +80,8 @@ function done(summary, latency, ignored)
         return 0
     end
     local errors = summary.errors
-    print(string.format('\n{"requests": %d, "seconds": %.3f, "p50_us": %.1f, "p99_us": %.1f, "failed": %d}',
+    print(string.format(
+        '\n{"requests": %d, "seconds": %.3f, "p50_us": %.1f, "p99_us": %.1f, "failed": %d}',
         summary.requests, summary.duration / 1e6, percentile(0.5), percentile(0.99),
         errors.connect + errors.read + errors.write + errors.status + errors.timeout))
 end

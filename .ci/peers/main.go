@@ -76,7 +76,8 @@ func metrics(w http.ResponseWriter, r *http.Request) {
 	mutex.Lock()
 	active, started := len(starts), total
 	mutex.Unlock()
-	answer(w, 200, map[string]any{"active_requests": active, "total_requests": started, "is_processing": active > 0})
+	answer(w, 200, map[string]any{
+		"active_requests": active, "total_requests": started, "is_processing": active > 0})
 }
 
 func main() {

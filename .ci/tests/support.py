@@ -12,8 +12,9 @@ From test_sidecar.py, which must also run alone:
     Case               a TestCase; self.sidecar() and self.program() start what ends with the test
     SidecarProcess     a running sidecar: get, post, call, raw, answers, sample, wait_for, signal
     Program            any other process: its lines, wait_for, signal, wait
+    ENDPOINTS          those that the docstring of sidecar.py has
     until, in_threads  wait for a condition; run a function in threads
-    FakeTime, ScriptedCondition            a clock that the test moves, and what waits by it
+    FakeTime           a clock that the test moves
     ScriptedSidecar, Clients, WORKER       a stand-in, what each README client must do, a worker
     child_of, readme_blocks, samples       a child's pid, README's code, a scrape as a dict
 Here:
@@ -34,8 +35,8 @@ import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
-from test_sidecar import (HERE, OPENMETRICS, PATIENCE, WORKER, Case, Clients, FakeTime, Program,
-                          ScriptedCondition, ScriptedSidecar, SidecarProcess, child_of, in_threads,
+from test_sidecar import (ENDPOINTS, HERE, OPENMETRICS, PATIENCE, WORKER, Case, Clients, FakeTime,
+                          Program, ScriptedSidecar, SidecarProcess, child_of, in_threads,
                           readme_blocks, samples, until)
 
 CACHE = os.path.join(HERE, ".ci", "cache")      # Git ignores it.
@@ -46,8 +47,10 @@ SCALE = float(os.environ.get("SIDECAR_TEST_SCALE", "0.1"))
 
 
 def needs(peer, found):
-    """Decorate a test or class that needs a peer: skip it where `found` is false, fail where all
-    are demanded."""
+    """Decorate a test or class that needs a peer: skip it where `found` is false.
+
+    With SIDECAR_TEST_PEERS=all it fails there.
+    """
     if PEERS == "all" and not found:
         def missing(*args):
             raise AssertionError("%s is not installed, and SIDECAR_TEST_PEERS=all" % peer)
@@ -57,8 +60,7 @@ def needs(peer, found):
 
 
 def namespaces():
-    """Return true where a test may make namespaces of its own: root on Linux, but not in every
-    container."""
+    """Return true where a test may make namespaces: root on Linux, but not in every container."""
     try:
         return subprocess.call(
             ["unshare", "--net", "--pid", "--fork", "ip", "link", "set", "lo", "up"],
@@ -71,8 +73,7 @@ NAMESPACES = namespaces()
 
 
 def version_of(command):
-    """Return the first two numbers that `command` prints of its version; (0, 0) where it is
-    missing."""
+    """Return the first two numbers of the version that `command` prints, or (0, 0)."""
     try:
         text = subprocess.run(command, stdout=subprocess.PIPE).stdout.decode()
     except OSError:
@@ -85,8 +86,10 @@ def installed(name):
 
 
 def run(*argv, **options):
-    """Run a command to its end and return what it printed. AssertionError with both outputs where
-    it failed."""
+    """Run a command to its end and return what it printed.
+
+    AssertionError: it failed; both of its outputs are told.
+    """
     options = dict(dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
                    **options)
     done = subprocess.run([str(arg) for arg in argv], **options)
@@ -105,7 +108,7 @@ def figures(pid):
     for number in os.listdir("/proc/%d/fd" % pid):
         try:
             sockets += os.readlink("/proc/%d/fd/%s" % (pid, number)).startswith("socket:")
-        except OSError:                     # closed meanwhile
+        except OSError:                     # Closed meanwhile.
             pass
 
     def field(name):

@@ -47,8 +47,10 @@ class Browser:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, method, **params):
-        """Return the result of a DevTools command. The events that come before it are added to
-        `events`."""
+        """Return the result of a DevTools command.
+
+        The events that come before it are added to `events`.
+        """
         self.sent += 1
         message = dict({"id": self.sent, "method": method, "params": params},
                        **{"sessionId": self.session} if self.session else {})
@@ -130,7 +132,7 @@ class TestBrowser(Case):
 
     def assert_quiet(self, sidecar):
         """Check that the console is empty, and that nothing was asked of anyone but the sidecar."""
-        self.browser.run("0")               # the events until now are received
+        self.browser.run("0")               # The events until now are received.
         said = [event["params"] for event in self.browser.events
                 if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown",
                                        "Runtime.consoleAPICalled")]
@@ -141,7 +143,7 @@ class TestBrowser(Case):
 
     def test_a_started_request_is_seen_within_two_seconds(self):
         sidecar = self.open()
-        for count in range(1, 6):           # a machine may be slow for a moment, but not each time
+        for count in range(1, 6):           # A machine may be slow for a moment, but not each time.
             sidecar.post("/start-request?id=job-%d" % count)
             started = time.monotonic()
             self.wait_for("#active", "^%d$" % count)
@@ -164,13 +166,13 @@ class TestBrowser(Case):
         first = float(path(r"M([\d.]+) 100V100").group(1))
         sidecar.post("/start-request?id=a")
         sidecar.post("/start-request?id=b")
-        path(r".*V0H")                      # up to the top
+        path(r".*V0H")                      # Up to the top.
         self.wait_for("#peak", "^peak 2$")
         sidecar.post("/end-request?id=a")
-        path(r".*V0H.*V50H")                # and half-way down again
+        path(r".*V0H.*V50H")                # And half-way down again.
         sidecar.post("/end-request?id=b")
         last = float(path(r"M([\d.]+) .*V50H.*V100").group(1))
-        self.assertLess(last, first - 2)    # and to the left meanwhile
+        self.assertLess(last, first - 2)    # And to the left meanwhile.
         self.assert_quiet(sidecar)
 
     def test_a_drain_is_seen_with_its_countdown(self):
@@ -198,14 +200,14 @@ class TestBrowser(Case):
         sidecar = self.open()
         sidecar.post("/start-request?id=a")
         self.wait_for("#active", "^1$")
-        sidecar.signal(signal.SIGSTOP)                      # it accepts, and never answers
+        sidecar.signal(signal.SIGSTOP)                      # It accepts, and never answers.
         self.wait_for("#phase", "^gone: no answer since ")
         sidecar.signal(signal.SIGCONT)
         self.wait_for("#phase", "^serving$")
         self.assertEqual(self.browser.text("#active"), "1")
         sidecar.kill()
         self.wait_for("#phase", "^gone: no answer since ")
-        self.assertEqual(self.browser.text("#active"), "1")     # the last that was known
+        self.assertEqual(self.browser.text("#active"), "1")     # The last that was known.
         self.sidecar(SIDECAR_PORT=sidecar.port)
         self.wait_for("#phase", "^serving$")
         self.assertEqual(self.browser.text("#active"), "0")
@@ -248,7 +250,7 @@ class TestBrowser(Case):
         until(lambda: self.browser.run("ticks") >= 2)
         changed = [html for html in self.browser.run("changes")
                    if not re.match(r"<td>[\d.]+ s</td>$", html)]
-        self.assertEqual(changed, [])       # but for the age, that is
+        self.assertEqual(changed, [])       # But for the age, that is.
 
     def test_its_policy_is_in_force(self):
         sidecar = self.open()
@@ -290,8 +292,10 @@ class TestBrowser(Case):
 
 
 def luminance(color):
-    """Return the luminance of "rgb(R, G, B)", from 0 to 1
-    (https://www.w3.org/TR/WCAG21/#dfn-relative-luminance)."""
+    """Return the luminance of "rgb(R, G, B)", from 0 to 1.
+
+    https://www.w3.org/TR/WCAG21/#dfn-relative-luminance
+    """
     parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
                         for part in parts)

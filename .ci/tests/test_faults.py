@@ -2,6 +2,7 @@
 import fcntl
 import http.client
 import os
+import resource
 import signal
 import socket
 import struct
@@ -51,6 +52,63 @@ class TestFaults(Case):
         until(answers, "an answer")
         return sidecar
 
+    PYTHON = "/usr/bin/python3"         # one that every user may run
+    FILL = """
+import os, signal, sys
+children = []
+try:
+    while True:
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.pause()
+except BlockingIOError:
+    print("full", flush=True)
+sys.stdin.read()
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+    def limited(self, *argv, most):
+        """Return a program of a user that nobody else is, who may have so many threads in all."""
+        user = 40000 + os.getpid()
+
+        def become():
+            resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+            os.setgid(user)
+            os.setuid(user)
+        return self.program(
+            self.PYTHON, *argv, preexec_fn=become, cwd="/", stdin=subprocess.PIPE,
+            env={"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0})
+
+    @needs("root, whose children may become another user", NAMESPACES)
+    def test_a_signal_at_the_process_limit(self):
+        """No thread can be started any more; a drain needs none."""
+        for argv, status in (((), 0), (("run", "--", self.PYTHON, "-c", WORKER), 3)):
+            program = self.limited(os.path.join(HERE, "sidecar.py"), *argv, most=30)
+            where = program.wait_for(r"listening api=http://(\S+):(\d+)")
+            with socket.create_connection((where.group(1), int(where.group(2))),
+                                          timeout=PATIENCE) as connection:
+                connection.sendall(b"POST /start-request HTTP/1.1\r\nHost: x\r\n\r\n")
+                self.assertIn(b" 200 ", connection.recv(65536))
+                filler = self.limited("-c", self.FILL, most=30)
+                filler.wait_for("full")
+                program.signal(signal.SIGTERM)
+                program.wait_for("drain started active_requests=1")
+                connection.sendall(b"POST /end-request HTTP/1.1\r\nHost: x\r\n\r\n")
+                program.wait_for("drain completed")
+            self.assertEqual(program.wait(), status, program.log)
+            self.assertNotIn("Traceback", program.log)
+            filler.process.stdin.close()
+            self.assertEqual(filler.wait(), 0)
+
+    @needs("root, whose children may become another user", NAMESPACES)
+    def test_run_starts_no_worker_that_it_could_not_accompany(self):
+        program = self.limited(os.path.join(HERE, "sidecar.py"), "run", "--", self.PYTHON, "-c",
+                               WORKER, most=1)
+        self.assertEqual(program.wait(), 1)
+        self.assertRegex(program.log, r"\Asidecar: no thread can be started: [^\n]*\Z")
+
     def test_no_descriptors_left(self):
         sidecar = self.sidecar(launcher=("sh", "-c", 'ulimit -n 64; exec "$@"', "sh"))
         with sidecar.raw(b"POST /start-request?id=a HTTP/1.1\r\n\r\n") as worker:
@@ -61,7 +119,7 @@ class TestFaults(Case):
             self.assertTrue(worker.recv(65536).startswith(b"HTTP/1.1 200 "))
             for connection in held:
                 connection.close()
-            self.serves(sidecar)                         # and so are all, once there are some again
+            self.serves(sidecar)                        # And so are all, once there are some again.
             self.assertEqual(sidecar.log.count("no connection accepted"), 1)
             self.drains(sidecar)
 
@@ -85,7 +143,7 @@ class TestFaults(Case):
         self.assertEqual(len(sidecar.lines), 1, sidecar.log)
 
     def test_a_body_that_never_comes(self):
-        sidecar = self.sidecar(constants={"REQUEST_SECONDS": 0.3})        # and IDLE_SECONDS stay 60
+        sidecar = self.sidecar(constants={"REQUEST_SECONDS": 0.3})       # And IDLE_SECONDS stay 60.
         for fields in (b"Content-Length: 5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n",
                        b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"):
             self.assertEqual([status for status, _, _ in sidecar.answers(
@@ -143,7 +201,7 @@ class TestFaults(Case):
         for number in range(300):
             sidecar.post("/start-request?id=%d" % number)
             if number % 50 == 0:
-                os.read(reader, 4096)        # so that some lines go out, and the pipe is full again
+                os.read(reader, 4096)       # So that some lines go out, and the pipe is full again.
         self.assertEqual(sidecar.active(), 300)
         self.assertEqual(sidecar.post("/reset"), (200, {"given_up": 300}))
         sidecar.signal(signal.SIGTERM)
@@ -179,9 +237,9 @@ class TestFaults(Case):
                 self.assertGreaterEqual(entry["age_seconds"], 0)
             began = time.monotonic()
             sidecar.signal(signal.SIGTERM)
-            self.assertEqual(sidecar.wait(), 1)             # the grace period was over
+            self.assertEqual(sidecar.wait(), 1)             # The grace period was over.
             self.assertGreaterEqual(time.monotonic() - began, 0.5)
-            sidecar.wait_for("drain timed out active_requests=2 elapsed_seconds=0.[5-9]")
+            sidecar.wait_for("drain timed out active_requests=2 .*elapsed_seconds=0.[5-9]")
 
     def test_stopped_and_continued_in_the_middle_of_a_drain(self):
         for run in ((), ("run", "--", sys.executable, "-c", WORKER)):
@@ -193,7 +251,7 @@ class TestFaults(Case):
             sidecar.wait_for("drain started")
             for _ in range(3):
                 sidecar.signal(signal.SIGSTOP)
-                late = sidecar.raw(b"POST /start-request?id=b HTTP/1.0\r\n\r\n")
+                late = sidecar.raw(b"POST /start-request?id=b&hold=false HTTP/1.0\r\n\r\n")
                 sidecar.signal(signal.SIGCONT)
                 with late:
                     self.assertIn(b'"active_requests": 2, "draining": true', late.recv(65536))
@@ -207,7 +265,7 @@ class TestFaults(Case):
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGSTOP)
-        time.sleep(0.6)                                  # it is the time that passes that is tested
+        time.sleep(0.6)                                 # It is the time that passes that is tested.
         sidecar.signal(signal.SIGCONT)
         self.assertEqual(sidecar.wait(), 1)
         sidecar.wait_for("still active request_id=a")

@@ -15,8 +15,10 @@ PODMAN = shutil.which("podman") and not subprocess.call(["podman", "image", "exi
 
 @needs("podman, or the image %s," % BASE, PODMAN)
 class TestImage(Case):
-    """Both images, built by podman on the base, or what .ci/run puts in its place, and run locked
-    down."""
+    """Both images, built by podman and run locked down.
+
+    The base is the real one, or what .ci/run puts in its place.
+    """
 
     # Podman's own may be forbidden.
     LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
@@ -37,8 +39,10 @@ class TestImage(Case):
         run("podman", "rmi", "--force", *cls.images.values())
 
     def container(self, *arguments, image="sidecar", network="none", **env):
-        """Start a container, locked down, and return its name. network: whose it shares, as in a
-        pod."""
+        """Start a container, locked down, and return its name.
+
+        `network` says whose network it shares, as in a pod.
+        """
         TestImage.names += 1
         name = "test-%d-%d" % (os.getpid(), self.names)
         self.addCleanup(run, "podman", "rm", "--force", "--ignore", "--time", 0, name)
@@ -52,14 +56,12 @@ class TestImage(Case):
         return name
 
     def worker_of(self, name):
-        """Start a container that shares the network of another, and return its name: the worker in
-        the same pod."""
+        """Start the worker of a container's pod, which shares its network; return its name."""
         return self.container("-c", "import time; time.sleep(%d)" % PATIENCE, image="echo-bot",
                               network="container:" + name)
 
     def ask(self, name, command):
-        """Run `sidecar.py command` in a container, as an exec hook does, and return what it
-        printed."""
+        """Run `sidecar.py command` in a container, as an exec hook does; return what it printed."""
         return run("podman", "exec", name, "python3", "/app/sidecar.py", command)
 
     def post(self, name, path):

@@ -1,145 +1,136 @@
-"""A pod's life with real processes, as the manifests have it."""
+"""A pod's life, with the manifests as they are, and workers that know nothing of it."""
 import collections
+import concurrent.futures
+import functools
+import os
 import re
+import shutil
 import signal
+import socket
 import socketserver
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
-import urllib.error
-import urllib.request
 
-from support import HERE, PATIENCE, Case, in_threads, needs, until
-from test_kafka import KafkaCase, KafkaNode, Replies, needs_kafka
-from test_manifests import MANIFESTS_BUILD, environment, kustomize, pick
+from pod import Pod, in_network_of
+from support import (CACHE, HERE, NAMESPACES, PATIENCE, Case, in_threads, installed, needs, run,
+                     until)
+from test_kafka import KafkaCase, KafkaNode, Proxy, Replies, needs_kafka
+from test_manifests import MANIFESTS_BUILD, containers, kustomize, pick
+
+WORKERS = os.path.join(HERE, ".ci", "tests", "workers")
+AT_ONCE = 6             # pods of tests that are side by side; each mostly waits
+# What a slow machine may need where nothing has to be waited for: the bound is the manifest's grace
+# period of 30 seconds, since a pod that is not gone before that has waited it out.
+GONE_SECONDS = 25
 
 
-class Pod:
-    """A pod as the kubelet runs it, with real processes; what it does is read from the built
-    manifest.
+def side_by_side(test):
+    """Decorate a test that mostly waits: it runs beside the others of its class, and when its turn
+    comes it tells what came of it."""
+    @functools.wraps(test)
+    def outcome(self):
+        self.outcomes[self._testMethodName].result()
+    outcome.test = test
+    return outcome
 
-    Two things stand in for the node: python3 and /app are this Python and this folder, and the
-    sidecar's ports are free ones of loopback, to which everything that names the manifest's ports
-    is pointed.
+
+def needs_pods(case):
+    """Decorate a class that needs what a stand-in for the kubelet needs."""
+    case = needs("kubectl, or the Python package PyYAML", MANIFESTS_BUILD)(case)
+    return needs("a root who may make namespaces", NAMESPACES)(case)
+
+
+def pod_spec(objects):
+    return pick(objects, "Deployment")["spec"]["template"]["spec"]
+
+
+def manifest(components=(), grace_seconds=None, shares=None, **variables):
+    """Return what kustomize builds, with changes.
+
+    components: the overlays. grace_seconds: the sidecar's grace period; the pod's keeps its
+    distance to it. shares: whether its containers share the process namespace. variables: others of
+    the sidecar's, or others' values.
     """
-
-    def __init__(self, case, objects, worker=None, **env):
-        """objects: from kustomize(); worker: a command in place of the bot's; env: more variables
-        for the bot."""
-        self.case, self.objects, self.worker, self.env = case, objects, worker, env
-        self.spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
-        self.programs, self.ports, self.events = {}, {}, []
-
-    def start(self):
-        """Start the containers in the kubelet's order, and return self when each readiness probe
-        has passed."""
-        for container in self.spec.get("initContainers", []):
-            self.case.assertEqual(container.get("restartPolicy"), "Always",
-                                  "nothing else would start before its end")
-            self._start(container)
-            # Only then the next container starts.
-            until(lambda: self.probe(container["startupProbe"]) == 200)
-        for container in self.spec["containers"]:
-            self._start(container)
-        for container in self._containers():
-            if "readinessProbe" in container:
-                until(lambda: self.probe(container["readinessProbe"]) == 200)
-        return self
-
-    def delete(self):
-        """Delete the pod as the kubelet does, and return {container: exit status}.
-
-        The preStop hooks of all containers run at once, and each container gets SIGTERM after its
-        own; but a native sidecar (an init container) only when the ordinary ones are gone.
-        terminationGracePeriodSeconds counts all of it; when it is over, what still runs gets
-        SIGTERM and two seconds, and then SIGKILL. (killContainer in the kubelet's
-        kuberuntime_container.go)
-        """
-        self.over_at = time.monotonic() + self.spec["terminationGracePeriodSeconds"]
-        ordinary = [threading.Thread(target=self._stop, args=(container, []))
-                    for container in self.spec["containers"]]
-        native = [threading.Thread(target=self._stop, args=(container, ordinary))
-                  for container in self.spec.get("initContainers", [])]
-        for thread in ordinary + native:
-            thread.start()
-        for thread in ordinary + native:
-            thread.join()
-        return {name: program.process.returncode for name, program in self.programs.items()}
-
-    def url(self, port):
-        """Return where a port, by its name or number in the manifest, really is."""
-        number, = [entry["containerPort"] for container in self._containers()
-                   for entry in container.get("ports", [])
-                   if port in (entry["name"], entry["containerPort"])]
-        return "http://127.0.0.1:%d" % self.ports[number]
-
-    def probe(self, probe):
-        """Return the status of an httpGet probe, as the node asks it."""
-        try:
-            return urllib.request.urlopen(self.url(probe["httpGet"]["port"])
-                                          + probe["httpGet"]["path"]).status
-        except urllib.error.HTTPError as error:
-            return error.code
-
-    def _containers(self):
-        return self.spec.get("initContainers", []) + self.spec["containers"]
-
-    def _environment(self, container):
-        env = environment(container, self.objects)
-        for name, value in env.items():
-            port = re.search("127.0.0.1:([0-9]+)", value)
-            if port:                                            # port 1: nobody is there
-                env[name] = "http://127.0.0.1:%d" % self.ports.get(int(port.group(1)), 1)
-        return env
-
-    def _command(self, command):
-        return [sys.executable if part == "python3" else part.replace("/app", HERE)
-                for part in command]
-
-    def _start(self, container):
-        command, env = self._command(container["command"]), self._environment(container)
-        if container["name"] == "sidecar":
-            env.update(SIDECAR_HOST="127.0.0.1", SIDECAR_PORT="0", METRICS_PORT="0")
-        else:
-            command, env = self.worker or command, dict(env, **self.env)
-        program = self.programs[container["name"]] = self.case.program(*command, env=env, cwd=HERE)
-        self.events.append(container["name"] + " started")
-        if container["name"] == "sidecar":
-            found = program.wait_for(r"listening.*?http://\S+?:(\d+).*?http://\S+?:(\d+)")
-            numbers = [port["containerPort"] for port in container["ports"]]
-            self.ports.update(zip(numbers, map(int, found.groups())))
-
-    def _stop(self, container, others):
-        name = container["name"]
-        hook = container.get("lifecycle", {}).get("preStop")
-        if hook:
-            hook = self.case.program(*self._command(hook["exec"]["command"]),
-                                     env=self._environment(container))
-            if not self._ends(hook):
-                hook.kill()
-            self.events.append("%s's preStop hook ended" % name)
-        for other in others:
-            other.join(max(self.over_at - time.monotonic(), 0))
-        program = self.programs[name]
-        self.events.append("%s got SIGTERM" % name)
-        program.signal(signal.SIGTERM)
-        if not self._ends(program, at_least=2):
-            program.kill()
-        self.events.append("%s ended" % name)
-
-    def _ends(self, program, at_least=0):
-        """Wait for the end of a process, until the pod's grace period is over; return whether it
-        came."""
-        try:
-            program.wait(max(self.over_at - time.monotonic(), at_least))
-            return True
-        except subprocess.TimeoutExpired:
-            return False
+    objects = kustomize(components=components)
+    sidecar = containers(objects)["sidecar"]
+    values = {entry["name"]: entry["value"] for entry in sidecar["env"]}
+    if grace_seconds is not None:
+        pod_spec(objects)["terminationGracePeriodSeconds"] += \
+            grace_seconds - int(values["GRACE_PERIOD_SECONDS"])
+        values["GRACE_PERIOD_SECONDS"] = str(grace_seconds)
+    if shares is not None:
+        pod_spec(objects)["shareProcessNamespace"] = shares
+    values.update(variables)
+    sidecar["env"] = [{"name": name, "value": value} for name, value in values.items()]
+    return objects
 
 
-class Queue(socketserver.ThreadingTCPServer):
+def python_worker(program, **options):
+    """Return the command of a Python worker."""
+    return [sys.executable, os.path.join(WORKERS, program)] + [
+        "%s=%s" % option for option in options.items()]
+
+
+def out_of_step(count, seconds=2):
+    """Return the work of messages so that `count` at a time do not end together, but evenly spread;
+    else all would be held at once, and the count would be zero before a client gives up."""
+    return ",".join("%.2f" % (seconds * (number + 1) / count) for number in range(count))
+
+
+class PodCase(Case):
+    """Tests that play pods. Those that are decorated with side_by_side begin with their class: of
+    all that were picked, AT_ONCE at a time."""
+
+    picked = collections.defaultdict(list)      # {class: its tests that will run}
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.picked[type(self)].append(self)
+
+    @classmethod
+    def setUpClass(cls):
+        cls.pool = concurrent.futures.ThreadPoolExecutor(AT_ONCE)
+        methods = {test._testMethodName: getattr(cls, test._testMethodName)
+                   for test in cls.picked[cls]}
+        cls.outcomes = {test._testMethodName: cls.pool.submit(methods[test._testMethodName].test,
+                                                              test)
+                        for test in cls.picked[cls]
+                        if hasattr(methods[test._testMethodName], "test")}
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.pool.shutdown()
+
+    def pod(self, worker=None, objects=None, **options):
+        return Pod(self, objects or manifest(), worker, **options)
+
+    def busy(self, pod, messages):
+        """Wait until the worker has begun so many messages, and return the pod."""
+        until(lambda: len(pod.facts()[0]) >= messages, "%d messages were begun" % messages)
+        return pod
+
+    def delete(self, pod):
+        """Delete a pod; print what came of it; return the exit statuses of its containers."""
+        in_hand = len(pod.in_hand())
+        statuses = pod.delete()
+        print("%s: %d in hand, gone after %.1f s, %d cut off" % (
+            self.id().rsplit(".", 1)[1], in_hand, pod.gone_after, len(pod.in_hand())),
+            file=sys.stderr)
+        return statuses
+
+    def none_cut_off(self, pod, within=GONE_SECONDS, worker_status=-signal.SIGTERM):
+        """Delete a pod, which is to be gone within so many seconds with all that was begun done."""
+        statuses = self.delete(pod)
+        told = "%s\n%s" % (pod.events, pod.log("sidecar"))
+        self.assertEqual(pod.in_hand(), [], told)
+        self.assertEqual((statuses["sidecar"], statuses["bot"]), (0, worker_status), told)
+        self.assertLess(pod.gone_after, within, told)
+
+
+class Queue(socketserver.ThreadingUnixStreamServer):
     """A stream of numbers with at-least-once delivery: what a worker took and did not acknowledge
     is delivered again.
 
@@ -152,7 +143,10 @@ class Queue(socketserver.ThreadingTCPServer):
     def __init__(self, last=None):
         self.last, self.sent, self.again = last, 0, []
         self.left, self.answers, self.changed = set(), collections.Counter(), threading.Condition()
-        super().__init__(("127.0.0.1", 0), self.Worker)
+        self.folder = tempfile.mkdtemp()
+        # A path, and no port, because each pod has a loopback of its own.
+        self.path = os.path.join(self.folder, "queue")
+        super().__init__(self.path, self.Worker)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def take(self):
@@ -199,7 +193,9 @@ import os, socket, sys, time
 from echo_bot import Sidecar
 
 sidecar = Sidecar()
-queue = socket.create_connection(("127.0.0.1", int(os.environ["QUEUE_PORT"]))).makefile("rw")
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(os.environ["QUEUE"])
+queue = connection.makefile("rw")
 
 def ask(line):
     queue.write(line + "\\n")
@@ -220,115 +216,436 @@ while True:
 """
 
 
-@needs("kubectl, or the Python package PyYAML", MANIFESTS_BUILD)
-class TestLifecycle(Case):
+@needs_pods
+class TestLifecycle(PodCase):
     """What the kubelet does to a pod, played through with the manifest as it is, and with a piece
-    taken out."""
+    taken out. The worker is README's, without its signal handler."""
 
-    def setUp(self):
-        self.objects = kustomize()
-        self.spec = pick(self.objects, "Deployment")["spec"]["template"]["spec"]
-        self.queue = None
+    def __init__(self, name):
+        super().__init__(name)
+        self.queue, self.pods = None, []
 
     def pod(self, objects, last=None, **env):
         """Start a pod with the worker above, on one queue for all of the test's pods."""
         if self.queue is None:
             self.queue = Queue(last)
+            self.addCleanup(shutil.rmtree, self.queue.folder)
             self.addCleanup(self.queue.server_close)
             self.addCleanup(self.queue.shutdown)
-        return Pod(self, objects, [sys.executable, "-c", QUEUE_WORKER],
-                   QUEUE_PORT=self.queue.server_address[1], **env).start()
+        pod = Pod(self, objects, [sys.executable, "-c", QUEUE_WORKER],
+                  QUEUE=self.queue.path, **env).start()
+        self.pods.append(pod)
+        return pod
 
     def answered_twice(self, objects):
-        """Scale 0 -> 3 -> 1 -> 0 -> 1 in the middle of the stream; return how many messages were
-        answered twice."""
+        """Scale 0 -> 3 -> 1 -> 0 -> 1 in the middle of the stream; return the messages that were
+        answered twice, and what happened."""
         pods = [self.pod(objects) for _ in range(3)]
+        for pod in pods:        # before 1.29 the worker may be there first, and go on without it
+            if "sidecar" in pod.containers:
+                until(lambda: pod.call("GET", "/metrics")[1]["total_requests"])
         for removed in pods[:2], pods[2:]:
             answered = len(self.queue.answers) + 6
             self.queue.wait_for(lambda: len(self.queue.answers) >= answered)
-            for pod in removed:
-                threading.Thread(target=pod.delete, daemon=True).start()
-            for pod in removed:
-                pod.programs["bot"].wait()
+            in_threads(len(removed), lambda number: removed[number].delete())
         self.pod(objects)
         with self.queue.changed:
             self.queue.last = self.queue.sent + 6
         self.queue.wait_for(lambda: len(self.queue.answers) == self.queue.last
                             and not self.queue.left)
-        return sum(1 for count in self.queue.answers.values() if count > 1)
+        twice = [message for message, count in self.queue.answers.items() if count > 1]
+        return twice, "\n".join("%s\n%s" % (pod.events, pod.log("sidecar")) for pod in self.pods
+                                if "sidecar" in pod.containers)
 
+    @side_by_side
     def test_no_message_twice_with_the_manifest(self):
-        self.assertEqual(self.answered_twice(self.objects), 0)
+        twice, told = self.answered_twice(manifest())
+        self.assertEqual(twice, [], told)
 
+    @side_by_side
     def test_no_message_twice_before_1_29(self):
-        self.assertEqual(self.answered_twice(kustomize(components=["pre-1.29"])), 0)
+        twice, told = self.answered_twice(manifest(["pre-1.29"]))
+        self.assertEqual(twice, [], told)
 
+    @side_by_side
     def test_messages_twice_without_the_preStop_hook(self):
-        del self.spec["containers"][0]["lifecycle"]
-        self.assertGreater(self.answered_twice(self.objects), 0)
+        objects = manifest()
+        del pod_spec(objects)["containers"][0]["lifecycle"]
+        self.assertTrue(self.answered_twice(objects)[0])
 
+    @side_by_side
     def test_messages_twice_without_the_sidecar(self):
-        del self.spec["initContainers"]
-        self.assertGreater(self.answered_twice(self.objects), 0)
+        objects = manifest()
+        del pod_spec(objects)["initContainers"]
+        self.assertTrue(self.answered_twice(objects)[0])
 
+    @side_by_side
     def test_quiet_period_covers_a_message_that_was_taken_and_not_reported_yet(self):
-        pod = self.pod(self.objects, last=1, PAUSE=0.3)
+        pod = self.pod(manifest(), last=1, PAUSE=0.2)
         self.queue.wait_for(lambda: self.queue.sent)
         pod.delete()
         self.assertFalse(self.queue.left)
 
+    @side_by_side
     def test_without_quiet_period_that_message_is_cut_off(self):
-        quiet_period, = [entry for entry in self.spec["initContainers"][0]["env"]
-                         if entry["name"] == "QUIET_PERIOD_SECONDS"]
-        quiet_period["value"] = "0"
-        pod = self.pod(self.objects, last=1, PAUSE=PATIENCE)
+        pod = self.pod(manifest(QUIET_PERIOD_SECONDS="0"), last=1, PAUSE=PATIENCE)
         self.queue.wait_for(lambda: self.queue.sent)
         pod.delete()
         self.assertEqual(self.queue.left, {1})
 
+    @side_by_side
     def test_order(self):
-        pod = self.pod(self.objects, last=1)
+        pod = self.pod(manifest(), last=1)
         self.queue.wait_for(lambda: self.queue.answers)
         statuses = pod.delete()
         self.assertEqual(pod.events, [
             "sidecar started", "bot started", "bot's preStop hook ended", "bot got SIGTERM",
-            "bot ended",
-            "sidecar got SIGTERM", "sidecar ended"])
+            "bot ended", "sidecar got SIGTERM", "sidecar ended"])
         self.assertEqual(statuses, {"sidecar": 0, "bot": -signal.SIGTERM})
         self.assertFalse(self.queue.left)
 
+    @side_by_side
     def test_probes_while_the_pod_goes(self):
-        pod = self.pod(self.objects, last=0)
-        sidecar, = self.spec["initContainers"]
-        urllib.request.urlopen(pod.url("http") + "/start-request", data=b"")
+        objects = manifest()
+        pod, sidecar = self.pod(objects, last=0), containers(objects)["sidecar"]
+        pod.call("POST", "/start-request")
         removal = threading.Thread(target=pod.delete)
         removal.start()
-        pod.programs["sidecar"].wait_for("drain started")
+        pod.containers["sidecar"].program.wait_for("drain started")
         self.assertEqual(pod.probe(sidecar["readinessProbe"]), 503)
         self.assertEqual(pod.probe(sidecar["livenessProbe"]), 200)
-        self.assertIsNone(pod.programs["bot"].process.poll())
-        urllib.request.urlopen(pod.url("http") + "/end-request", data=b"")
+        self.assertIsNone(pod.containers["bot"].status)
+        pod.call("POST", "/end-request")
         removal.join()
 
+    @side_by_side
     def test_request_that_never_ends(self):
         """With every second of the manifest made a tenth: the hook gives up, then the pod's own
         time is over."""
-        self.spec["terminationGracePeriodSeconds"] /= 10
-        for variable in self.spec["initContainers"][0]["env"]:
+        objects = manifest()
+        pod_spec(objects)["terminationGracePeriodSeconds"] /= 10
+        for variable in containers(objects)["sidecar"]["env"]:
             variable["value"] = str(float(variable["value"]) / 10)
         worker = (
             "import signal, time; from echo_bot import Sidecar; signal.signal(signal.SIGTERM, "
             "signal.SIG_IGN)\n"
             "with Sidecar().track(): print('stuck', flush=True); time.sleep(%d)" % PATIENCE)
-        pod = Pod(self, self.objects, [sys.executable, "-c", worker]).start()
-        pod.programs["bot"].wait_for("stuck")
+        pod = Pod(self, objects, [sys.executable, "-c", worker]).start()
+        pod.containers["bot"].program.wait_for("stuck")
         self.assertEqual(pod.delete(), {"sidecar": 1, "bot": -signal.SIGKILL})
         self.assertLess(pod.events.index("bot's preStop hook ended"),
                         pod.events.index("bot got SIGTERM"))
-        pod.programs["sidecar"].wait_for("still active")
+        pod.containers["sidecar"].program.wait_for("still active")
 
 
-@needs("kubectl, or the Python package PyYAML", MANIFESTS_BUILD)
+@needs("requests and aiohttp", installed("requests") and installed("aiohttp"))
+@needs_pods
+class TestWorkers(PodCase):
+    """Workers that make the two calls, and know nothing else: their pod is deleted while they are
+    busy. Each test prints a line of the table."""
+
+    @side_by_side
+    def test_readmes_loop_without_a_signal_handler(self):
+        pod = self.pod(python_worker("readme.py")).start()
+        self.none_cut_off(self.busy(pod, 2))
+
+    @side_by_side
+    def test_1_thread_of_300_ms(self):
+        pod = self.pod(python_worker("threads.py", seconds=0.3)).start()
+        self.none_cut_off(self.busy(pod, 5))
+
+    @side_by_side
+    def test_4_threads_of_2_s(self):
+        pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4))).start()
+        self.none_cut_off(self.busy(pod, 8))
+
+    @side_by_side
+    def test_16_threads_of_2_s(self):
+        pod = self.pod(python_worker("threads.py", threads=16,
+                                     seconds=out_of_step(16))).start()
+        self.none_cut_off(self.busy(pod, 32))
+
+    @side_by_side
+    def test_3_threads_of_2_s_and_a_message_of_25_s(self):
+        pod = self.pod(python_worker("threads.py", threads=4, seconds="25,2"),
+                       manifest(grace_seconds=40)).start()
+        self.none_cut_off(self.busy(pod, 10), within=35)
+
+    @side_by_side
+    def test_batches_of_10_all_started_first(self):
+        pod = self.pod(python_worker("batches.py", seconds=0.1)).start()
+        self.none_cut_off(self.busy(pod, 25))
+
+    @side_by_side
+    def test_batch_that_is_half_started(self):
+        pod = self.pod(python_worker("batches.py", seconds=0.1, between=0.3, backlog=20)).start()
+        self.none_cut_off(self.busy(pod, 18))
+        self.assertEqual(len(pod.facts()[1]), 20)
+
+    @side_by_side
+    def test_request_within_a_request(self):
+        pod = self.pod(python_worker("nested.py")).start()
+        self.none_cut_off(self.busy(pod, 1), within=20)
+
+    @side_by_side
+    def test_aiohttp_with_a_second_for_the_whole_call_and_two_retries(self):
+        """Each try counts once more, and what no end comes for lapses."""
+        pod = self.pod(python_worker("event_loop.py", handlers=6, tries=3, backlog=36,
+                                     seconds=out_of_step(6))).start()
+        self.none_cut_off(self.busy(pod, 12), within=30)
+        self.assertEqual(len(pod.facts()[1]), 36)
+
+    @side_by_side
+    def test_start_that_gave_up_is_counted(self):
+        """Message 3 is begun because its start gave up, and it is the last to end."""
+        pod = self.pod(python_worker("event_loop.py", handlers=2, seconds="6,2,8",
+                                     backlog=3)).start()
+        self.none_cut_off(self.busy(pod, 2))
+        self.assertEqual(len(pod.facts()[1]), 3)
+
+    @side_by_side
+    def test_aiohttp_with_a_second_for_the_whole_call_is_as_before(self):
+        """README: protected in part. It finds nothing hung, and ends when its time is over."""
+        pod = self.pod(python_worker("event_loop.py", seconds=out_of_step(4)),
+                       manifest(grace_seconds=10)).start()
+        self.in_time(self.busy(pod, 8))
+
+    @side_by_side
+    def test_blocking_client_in_an_event_loop_is_as_before(self):
+        """README: protected in part, likewise."""
+        pod = self.pod(python_worker("event_loop.py", handlers=10, client="requests",
+                                     seconds=out_of_step(10)), manifest(grace_seconds=10)).start()
+        self.in_time(self.busy(pod, 20))
+
+    @side_by_side
+    def test_blocking_client_in_an_event_loop_with_a_message_each_400_ms(self):
+        pod = self.pod(python_worker("event_loop.py", handlers=10, client="requests", seconds=0.3,
+                                     every=0.4)).start()
+        self.none_cut_off(self.busy(pod, 5))
+
+    @side_by_side
+    def test_handler_that_lets_its_threads_finish(self):
+        pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4),
+                                     handler=1)).start()
+        self.none_cut_off(self.busy(pod, 8), worker_status=0)
+
+    @side_by_side
+    def test_pool_of_one_connection(self):
+        pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4, 1),
+                                     client="pool", backlog=32)).start()
+        self.none_cut_off(self.busy(pod, 8))
+        self.assertEqual(len(pod.facts()[1]), 32)
+
+    @side_by_side
+    def test_urllib(self):
+        pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4),
+                                     client="urllib")).start()
+        self.none_cut_off(self.busy(pod, 8))
+
+    def in_time(self, pod):
+        statuses = self.delete(pod)
+        told = "%s\n%s" % (pod.events, pod.log("sidecar"))
+        self.assertIn(statuses["sidecar"], (0, 1), told)
+        self.assertEqual(statuses["bot"], -signal.SIGTERM, told)
+
+
+@needs("Go", shutil.which("go"))
+@needs_pods
+class TestGoWorker(PodCase):
+
+    def test_4_goroutines_of_2_s(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        worker = os.path.join(folder, "worker")
+        run("go", "build", "-o", worker, os.path.join(WORKERS, "worker.go"))
+        pod = self.pod([worker]).start()
+        self.none_cut_off(self.busy(pod, 8))
+
+
+@needs("Node.js, or its package axios",
+       shutil.which("node") and os.path.exists(os.path.join(CACHE, "node_modules", "axios")))
+@needs_pods
+class TestNodeWorker(PodCase):
+
+    def play(self, client):
+        pod = self.pod(["node", os.path.join(WORKERS, "worker.js"), client],
+                       NODE_PATH=os.path.join(CACHE, "node_modules")).start()
+        self.none_cut_off(self.busy(pod, 8))
+
+    @side_by_side
+    def test_axios(self):
+        self.play("axios")
+
+    @side_by_side
+    def test_fetch(self):
+        self.play("fetch")
+
+    @side_by_side
+    def test_http(self):
+        self.play("http")
+
+
+@needs("requests", installed("requests"))
+@needs_pods
+class TestPodProcesses(PodCase):
+    """What the sidecar makes of the processes of its pod."""
+
+    WORKER = python_worker("threads.py", threads=4, seconds=out_of_step(4))
+    # It is listed first, so it is told last.
+    OTHER = {"name": "mesh", "command": ["sleep", "600"], "restartPolicy": "Always"}
+
+    def with_another_sidecar(self, **options):
+        objects = manifest(**options)
+        pod_spec(objects)["initContainers"].insert(0, self.OTHER)
+        return objects
+
+    def crash_twice(self, pod):
+        """Delete a pod whose worker was killed twice in mid-work."""
+        for _ in range(2):
+            self.busy(pod, 6).crash("bot")
+        self.none_cut_off(self.busy(pod, 6))
+        left, = re.findall(r"drain started active_requests=(\d+)", pod.log("sidecar"))
+        self.assertLessEqual(int(left), 4, pod.log("sidecar"))
+
+    @side_by_side
+    def test_crashes_leave_nothing_behind(self):
+        self.crash_twice(self.pod(self.WORKER).start())
+
+    @side_by_side
+    def test_crashes_as_two_users(self):
+        worker = ["/usr/bin/python3"] + self.WORKER[1:] + ["client=urllib"]
+        self.crash_twice(self.pod(worker, users={"sidecar": 65532, "bot": 1001}).start())
+
+    @side_by_side
+    def test_restart_of_the_container_serves_again_at_once(self):
+        """At once: not after HELD_SECONDS, which are more than the test waits."""
+        objects = manifest()
+        containers(objects)["sidecar"]["command"] = ["python3", "-c", """if True:
+            import sys
+            sys.path.insert(0, "/app")
+            import sidecar
+            sidecar.HELD_SECONDS = %d
+            sidecar.main(sys.argv[1:])""" % (10 * PATIENCE)]
+        pod = self.busy(self.pod(self.WORKER, objects).start(), 8)
+        pod.restart("bot")
+        self.none_cut_off(self.busy(pod, 8))
+
+    @side_by_side
+    def test_another_sidecar_hides_a_crash(self):
+        pod = self.busy(self.pod(self.WORKER, self.with_another_sidecar()).start(), 4)
+        pod.crash("bot")
+        until(lambda: pod.call("GET", "/metrics")[1]["active_requests"] == 8, "4 are left behind")
+        self.assertEqual(pod.call("POST", "/reset")[1], {"given_up": 8})
+
+    @side_by_side
+    def test_another_sidecar_hides_a_restart_for_a_while(self):
+        pod = self.busy(self.pod(self.WORKER, self.with_another_sidecar()).start(), 8)
+        pod.restart("bot")
+        drained = pod.times["bot's preStop hook ended"]
+        until(lambda: pod.facts()[0], "it works again")
+        self.assertGreater(time.monotonic() - drained, 4)
+        self.none_cut_off(self.busy(pod, 8))
+
+    @side_by_side
+    def test_another_sidecar_is_waited_for_in_full(self):
+        pod = self.busy(self.pod(self.WORKER, self.with_another_sidecar()).start(), 8)
+        self.none_cut_off(pod)
+        self.assertLess(pod.events.index("sidecar ended"), pod.events.index("mesh got SIGTERM"))
+        self.assertGreater(pod.times["sidecar ended"] - pod.times["bot ended"], 4)
+
+    @side_by_side
+    def test_before_1_29_the_sidecar_is_the_last_to_go(self):
+        pod = self.pod(self.WORKER, manifest(components=["pre-1.29"])).start()
+        self.none_cut_off(self.busy(pod, 8))
+        self.assertLess(pod.events.index("sidecar got SIGTERM"),
+                        pod.events.index("bot got SIGTERM"))
+        self.assertLess(pod.events.index("bot ended"), pod.events.index("sidecar ended"))
+
+    def in_its_first_second(self, worker, *components):
+        """Delete a pod when its containers have just been started."""
+        pod = self.pod(worker, manifest(components)).start(ready=False)
+        statuses = self.delete(pod)
+        self.assertLess(pod.gone_after, GONE_SECONDS, pod.log("sidecar"))
+        self.assertNotIn(-signal.SIGKILL, statuses.values(), pod.log("sidecar"))
+
+    @side_by_side
+    def test_deleted_in_its_first_second(self):
+        self.in_its_first_second(self.WORKER)
+
+    @side_by_side
+    def test_deleted_in_its_first_second_before_1_29(self):
+        self.in_its_first_second(self.WORKER, "pre-1.29")
+
+    @side_by_side
+    def test_bot_deleted_in_its_first_second(self):
+        self.in_its_first_second(None)
+
+
+@needs("requests, or tini", installed("requests") and shutil.which("tini"))
+@needs_pods
+class TestHolding(PodCase):
+    """Where starts are held, and where they are not. With an init the worker is not PID 1, so that
+    SIGTERM ends it in a PID namespace of its own too."""
+
+    INIT = ["tini", "--"]
+    WORKER = python_worker("threads.py", threads=4, seconds=out_of_step(4))
+
+    def goes_on(self, pod):
+        """Delete a pod whose worker is to begin messages all through the drain."""
+        begun = len(self.busy(pod, 3).facts()[0])
+        statuses = self.delete(pod)
+        self.assertGreater(len(pod.facts()[0]), begun + 2, pod.log("sidecar"))
+        return statuses
+
+    @side_by_side
+    def test_auto_does_not_hold_where_the_namespace_is_not_shared(self):
+        pod = self.pod(python_worker("threads.py", seconds=0.3),
+                       manifest(grace_seconds=4, shares=False)).start()
+        statuses = self.goes_on(pod)
+        self.assertEqual(statuses["bot"], -signal.SIGKILL, "SIGTERM without a handler, as PID 1")
+        self.assertEqual(pod.log("sidecar").count("shareProcessNamespace"), 1, pod.log("sidecar"))
+
+    @side_by_side
+    def test_always(self):
+        pod = self.pod(self.INIT + self.WORKER,
+                       manifest(shares=False, HOLD_STARTS="always")).start()
+        self.none_cut_off(self.busy(pod, 8), worker_status=128 + signal.SIGTERM)
+
+    @side_by_side
+    def test_never(self):
+        pod = self.pod(python_worker("threads.py", seconds=0.3),
+                       manifest(grace_seconds=4, HOLD_STARTS="never")).start()
+        self.assertEqual(self.goes_on(pod)["bot"], -signal.SIGTERM)
+
+    @side_by_side
+    def test_hold_true_in_the_query(self):
+        pod = self.pod(self.INIT + self.WORKER + ["hold=true"], manifest(shares=False)).start()
+        self.none_cut_off(self.busy(pod, 8), worker_status=128 + signal.SIGTERM)
+
+    @side_by_side
+    def test_hold_false_in_the_query(self):
+        """As for one that finishes what it has when SIGTERM comes."""
+        pod = self.pod(python_worker("threads.py", seconds=0.3, hold="false", handler=1),
+                       manifest(grace_seconds=4)).start()
+        self.assertEqual(self.goes_on(pod)["bot"], 0)
+        self.assertEqual(pod.in_hand(), [])
+
+
+class PodBroker(Proxy):
+    """A broker of this machine, on the same port of a pod's own loopback."""
+
+    def __init__(self, pod, port):
+        def listening():
+            server = socket.socket()
+            server.bind(("127.0.0.1", port))
+            server.listen()
+            return server
+        self.target, self.spoil, self.port = port, None, port
+        self.server = in_network_of(pod.pause.pid, listening)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+
+@needs_pods
 @needs_kafka
 class TestLifecycleOnKafka(KafkaCase):
     """The bot of the manifest, its sidecar and a real Kafka."""
@@ -336,6 +653,12 @@ class TestLifecycleOnKafka(KafkaCase):
     @classmethod
     def setUpClass(cls):
         cls.use(KafkaNode())
+
+    def pod(self, objects):
+        pod = Pod(self, objects)
+        broker = PodBroker(pod, int(self.brokers.rpartition(":")[2]))
+        self.addCleanup(broker.close)
+        return pod.start()
 
     def test_scaled_0_3_1_0_1_in_the_stream_each_update_is_answered_once(self):
         self.topics(incoming=6, outgoing=3)
@@ -357,12 +680,12 @@ class TestLifecycleOnKafka(KafkaCase):
         streaming.start()
         self.addCleanup(over.set)
         replies = Replies(self)
-        pods = in_threads(3, lambda number: Pod(self, objects).start())
+        pods = in_threads(3, lambda number: self.pod(objects))
         for removed in pods[:2], pods[2:]:
             replies.read(len(replies.texts) + 200)
             for statuses in in_threads(len(removed), lambda number: removed[number].delete()):
                 self.assertEqual(statuses, {"sidecar": 0, "bot": 0})
-        Pod(self, objects).start()
+        self.pod(objects)
         over.set()
         streaming.join()
         replies.read(len(sent)).rest()

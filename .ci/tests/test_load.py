@@ -12,25 +12,24 @@ import unittest
 
 from support import SCALE, Case, figures, in_threads, until
 
-import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one.
 
 
 def read_answers(connection):
-    """Return [(status, body), ...] as http.client reads them, all up to the end of the
-    connection."""
+    """Return [(status, body), ...] as http.client reads them, up to the connection's end."""
     pieces, answers = [b""], []
     try:
         pieces.extend(iter(lambda: connection.recv(1 << 18), b""))
-    except ConnectionError:                 # closed with bytes of ours unread
+    except ConnectionError:                 # Closed with bytes of ours unread.
         pass
     received = b"".join(pieces)
-    if received.endswith(b"HTTP/1.1 100 Continue\r\n\r\n"):        # and then the body did not come
+    if received.endswith(b"HTTP/1.1 100 Continue\r\n\r\n"):        # And then the body did not come.
         received = received[:-25]
     stream = io.BytesIO(received)
-    stream.close = lambda: None             # http.client would close it with the first answer
+    stream.close = lambda: None             # http.client would close it with the first answer.
     while stream.tell() < len(received):
         answer = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: stream))
-        answer.begin()                      # it passes over a 100
+        answer.begin()                      # It passes over a 100.
         answers.append((answer.status, answer.read()))
     return answers
 
@@ -41,8 +40,10 @@ class TestLoad(Case):
     PAIRS, CLIENTS = 200000, 64
 
     def test_many_clients_with_retries(self):
-        """Pairs of start and end from 64 keep-alive connections, pipelined; any of them may come
-        twice, as after a time-out."""
+        """Pairs of start and end from 64 keep-alive connections, pipelined.
+
+        Any of them may come twice, as after a time-out.
+        """
         # All ends: a retry may be late here.
         sidecar = self.sidecar(constants={"REMEMBERED": self.PAIRS})
         pairs = int(self.PAIRS * SCALE) // self.CLIENTS
@@ -73,8 +74,10 @@ class TestLoad(Case):
         self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
 
     def test_threads_on_the_tracker(self):
-        """The same without HTTP, so that the threads meet in the tracker far more often; a third
-        has no id."""
+        """The same without HTTP, so that the threads meet in the tracker far more often.
+
+        A third of the requests has no id.
+        """
         silent = logging.NullHandler()
         sidecar_module.log.addHandler(silent)
         self.addCleanup(sidecar_module.log.removeHandler, silent)
@@ -101,13 +104,15 @@ class TestLoad(Case):
         in_threads(self.CLIENTS, client)
         snapshot = tracker.snapshot()
         self.assertEqual((snapshot["active_requests"], snapshot["total_requests"],
-                          sum(snapshot["duration_counts"]), snapshot["unmatched_ends"]),
+                          sum(snapshot["durations"][0]), snapshot["unmatched_ends"]),
                          (0, pairs * self.CLIENTS, pairs * self.CLIENTS, 0))
 
 
 class TestFuzz(Case):
-    """Mutated requests: no traceback, no hang, no lost count, no growth; and every answer is one
-    that http.client reads."""
+    """Mutated requests: no traceback, no hang, no lost count, no growth.
+
+    Every answer is one that http.client reads.
+    """
 
     REQUESTS = 100000
     SEEDS = [
@@ -152,8 +157,7 @@ class TestFuzz(Case):
         return bytes(data)
 
     def check(self, answers):
-        """Take note of the answers of one connection; each is well-formed, and an error is told in
-        JSON."""
+        """Take note of the answers of one connection: all well-formed, each error in JSON."""
         for status, body in answers:
             self.statuses[status] = self.statuses.get(status, 0) + 1
             if status == 200 and b'"request_id": "' in body and body[:1] == b"{":
@@ -163,8 +167,10 @@ class TestFuzz(Case):
                 self.assertIn("error", json.loads(body.decode()))
 
     def exchange(self, sidecar, pieces_of):
-        """Send each list of pieces over a connection of its own, all of them piece by piece at
-        once; check the answers."""
+        """Send each list of pieces over a connection of its own; check the answers.
+
+        The connections take turns, piece by piece.
+        """
         connections = [sidecar.raw(b"") for _ in pieces_of]
         for connection in connections:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -173,13 +179,13 @@ class TestFuzz(Case):
                 if piece:
                     try:
                         connection.sendall(piece)
-                    except OSError:   # answered and closed already: an error was in the first piece
+                    except OSError:  # Answered and closed already: an error was in the first piece.
                         pass
         answers = []
         for connection in connections:
             try:
                 connection.shutdown(socket.SHUT_WR)
-            except OSError:                                 # closed already
+            except OSError:                                 # Closed already.
                 pass
             answers.append(read_answers(connection))
             self.check(answers[-1])
@@ -190,8 +196,10 @@ class TestFuzz(Case):
         self.statuses, self.started = {}, []
 
     def settled(self, sidecar):
-        """Return its memory, once nothing of a connection is left: no socket, and no thread but the
-        spare ones."""
+        """Return its memory, once nothing of a connection is left.
+
+        That is no socket, and no thread but the spare ones.
+        """
         def alone():
             memory, threads, sockets = figures(sidecar.process.pid)
             spare = threads <= 4 + 2 * sidecar_module.SPARE_THREADS
@@ -204,7 +212,7 @@ class TestFuzz(Case):
         choice = random.Random(8)
         while number < total:
             batch = []
-            for _ in range(32):              # each connection: three requests, in up to four pieces
+            for _ in range(32):             # Each connection: three requests, in up to four pieces.
                 data = b"".join(self.mutated(choice, number + turn) for turn in range(3))
                 number += 3
                 cuts = sorted(choice.randrange(len(data) + 1) for _ in range(choice.randrange(4)))

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import socket
+import sys
 import tempfile
 import unittest
 
-from support import CACHE, HERE, Case, needs, run
+from support import CACHE, HERE, Case, SidecarProcess, needs, run
 
 MANIFESTS = os.path.join(HERE, "manifests")
 KUSTOMIZE = ["kubectl", "kustomize"] if shutil.which("kubectl") else [
@@ -22,8 +24,7 @@ OPERATORS = {"keda.sh": "keda", "monitoring.coreos.com": "prometheus-operator"}
 
 
 def kustomize(folder="", components=()):
-    """Return the objects that `kubectl apply -k manifests/folder` would send, right after the
-    README's `cp`.
+    """Return what `kubectl apply -k manifests/folder` would send after the README's `cp`.
 
     components: the overlays to switch on first, by uncommenting their lines.
     """
@@ -215,7 +216,24 @@ class TestManifests(Case):
         self.assertEqual(bot, dict(self.bot, envFrom=bot["envFrom"]))
         expected = dict(self.sidecar)
         del expected["restartPolicy"]
+        hook = sidecar.pop("lifecycle")
         self.assertEqual(sidecar, expected)
+        self.assertEqual(list(hook), ["postStart"])     # a preStop hook would change nothing
+
+    def test_before_1_29_the_bot_is_started_when_the_sidecar_listens(self):
+        sidecar = containers(kustomize(components=["pre-1.29"]))["sidecar"]
+        command = sidecar["lifecycle"]["postStart"]["exec"]["command"]
+        self.assertEqual(command[:2], ["python3", "-c"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        script = command[2].replace(":8081/", ":%d/" % port)
+        hook = self.program(sys.executable, "-c", "print('up', flush=True)\n" + script)
+        hook.wait_for("up")
+        self.assertIsNone(hook.process.poll())
+        running = SidecarProcess(SIDECAR_PORT=port)
+        self.addCleanup(running.kill)
+        self.assertEqual(hook.wait(), 0)
 
     def test_with_sasl_KEDA_logs_in_as_the_bot_does(self):
         objects = kustomize(components=["kafka-sasl"])
@@ -226,7 +244,7 @@ class TestManifests(Case):
         self.assertEqual(trigger["metadata"]["tls"], "enable")
         self.assertEqual(trigger["metadata"]["sasl"].replace("_", "").upper(),
                          variables["KAFKA_SASL_MECHANISM"].replace("-", ""))
-        volume, = pick(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
+        volume, = self.spec["volumes"]
         mount, = containers(objects)["bot"]["volumeMounts"]
         ca, = login["spec"]["secretTargetRef"]
         self.assertEqual(
@@ -271,8 +289,10 @@ class TestKubernetesSchemas(Case):
 
 @needs("kubectl, Node.js, or the npm packages @kubernetes-models and typescript", TYPES)
 class TestOperatorTypes(Case):
-    """KEDA's and the Prometheus operator's published types: TypeScript refuses unknown fields,
-    validate() the rest."""
+    """KEDA's and the Prometheus operator's published types.
+
+    TypeScript refuses unknown fields, and validate() the rest.
+    """
 
     def test_every_object(self):
         objects = kustomize(components=["kafka-sasl"]) + kustomize("monitoring")
@@ -301,13 +321,15 @@ class TestOperatorTypes(Case):
             self.check(rule)
 
     def check(self, thing):
-        """Return whether the object is of an operator's kind. AssertionError where the operator
-        would refuse it."""
+        """Return whether the object is of an operator's kind.
+
+        AssertionError: the operator would refuse it.
+        """
         group, _, version = thing["apiVersion"].partition("/")
         if group not in OPERATORS:
             return False
         kind = thing["kind"]
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:         # where node_modules is found
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:        # Where node_modules is found.
             path = os.path.join(folder, "thing.mts")
             with open(path, "w") as file:
                 file.write("import { %s, I%s } from '@kubernetes-models/%s/%s/%s/%s';\n"
@@ -326,11 +348,13 @@ PROMTOOL = MANIFESTS_BUILD and shutil.which("promtool")
 
 @needs("promtool", PROMTOOL)
 class TestAlerts(Case):
-    """Each alert, evaluated by promtool over a made-up past of one pod: when it is quiet, and when
-    it fires."""
+    """Each alert, evaluated by promtool over a made-up past of one pod.
+
+    It is quiet at some moments, and fires at others.
+    """
 
     LABELS = 'namespace="telegram-serverless", pod="bot-echo-1"'
-    SCRAPE = 5          # seconds between two samples, as the PodMonitor says
+    SCRAPE = 5          # Seconds between two samples, as the PodMonitor says.
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -340,13 +364,15 @@ class TestAlerts(Case):
         self.write("rules.json", {"groups": self.rules["groups"]})
 
     def write(self, name, thing):
-        with open(os.path.join(self.folder, name), "w") as file:        # JSON is YAML
+        with open(os.path.join(self.folder, name), "w") as file:        # JSON is YAML.
             json.dump(thing, file)
         return file.name
 
     def check(self, alert, series, quiet=(), firing=()):
-        """series: {metric: promtool's notation of its samples}; quiet, firing: seconds at which to
-        look."""
+        """`series` is {metric: promtool's notation of its samples}.
+
+        `quiet` and `firing` are the seconds at which to look.
+        """
         def samples(at):
             return {"expr": 'count(ALERTS{alertname="%s", alertstate="firing"}) or vector(0)'
                     % alert, "eval_time": "%ds" % at,

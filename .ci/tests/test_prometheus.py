@@ -61,8 +61,10 @@ class TestPrometheusClient(Case):
 
 @needs("Prometheus", PROMETHEUS)
 class TestPrometheusServer(Case):
-    """A real Prometheus scrapes a real sidecar: as OpenMetrics, and as text by way of a relay that
-    asks for that."""
+    """A real Prometheus scrapes a real sidecar.
+
+    It does so as OpenMetrics, and as text by way of a relay that asks for that.
+    """
 
     def setUp(self):
         self.watched = self.sidecar()
@@ -80,7 +82,7 @@ class TestPrometheusServer(Case):
             def handle(self):
                 try:
                     super().handle()
-                except OSError:                 # nobody to relay from: the scrape has failed
+                except OSError:                 # Nobody to relay from: the scrape has failed.
                     pass
 
             def log_message(self, *args):
@@ -107,8 +109,10 @@ class TestPrometheusServer(Case):
         self.prometheus.wait_for("Server is ready")
 
     def ask(self, path, **query):
-        """Return the data of Prometheus's answer:
-        https://prometheus.io/docs/prometheus/latest/querying/api/"""
+        """Return the data of Prometheus's answer.
+
+        https://prometheus.io/docs/prometheus/latest/querying/api/
+        """
         path = "/api/v1/%s?%s" % (path, urllib.parse.urlencode(query))
         status, answer = self.watched.call("GET", path, port=self.port)
         self.assertEqual((status, answer["status"]), (200, "success"), answer)
