@@ -2,8 +2,8 @@
 
 Two light streams of updates, one every 5 s and 4 a second, meet the bot of the manifests under each
 of SETTINGS, all at the same time, each in a namespace of its own. Printed are cold starts (from no
-pod), how long updates waited for their answer, and what it cost in pods. It wants what
-.ci/tests/test_cluster.py wants, and a machine that does nothing else.
+pod; the first update is one), how long updates waited for their answer, and what it cost in pods.
+It wants what .ci/tests/test_cluster.py wants, and a machine that does nothing else.
 """
 import collections
 import json
@@ -21,11 +21,13 @@ from test_cluster import (          # noqa: E402
     LABEL, TestKafka, build, cluster, pick, pick_settings, with_broker)
 from test_kafka import envelope     # noqa: E402
 
-Setting = collections.namedtuple("Setting", "polling cooldown lag window")      # s, s, updates, s
-SETTINGS = [Setting(10, 120, 5, 120), Setting(10, 300, 10, 120), Setting(10, 600, 10, 120),
-            Setting(5, 600, 10, 120), Setting(2, 300, 10, 120), Setting(2, 600, 10, 120),
-            Setting(2, 600, 10, 300)]
+# pollingInterval and cooldownPeriod, s; lagThreshold, updates; the HPA's stabilizationWindowSeconds
+Setting = collections.namedtuple("Setting", "polling cooldown lag window_up window_down")
+SETTINGS = [Setting(10, 120, 5, 0, 120), Setting(10, 600, 10, 30, 120),
+            Setting(5, 600, 10, 30, 120), Setting(5, 900, 10, 30, 120),
+            Setting(2, 300, 10, 30, 120)]
 PERIODS = [5, 0.25]         # s between two updates
+APART_SECONDS = 5           # between the starts of two streams: cold starts slow each other
 
 
 class Trial:
@@ -34,6 +36,7 @@ class Trial:
     def __init__(self, number, setting, period):
         self.setting, self.period = setting, period
         self.space = "keda-%d" % number
+        self.began = time.monotonic()                       # when its stream did
         self.incoming, self.outgoing = self.space + "-in", self.space + "-out"
         self.written, self.answered = {}, {}                # by text: ms since the epoch
         self.seen = [(time.monotonic(), 0)]                 # how many pods there were, from when on
@@ -51,13 +54,14 @@ class Trial:
         scaled.update(pollingInterval=self.setting.polling, cooldownPeriod=self.setting.cooldown)
         scaled["triggers"][0]["metadata"]["lagThreshold"] = str(self.setting.lag)
         behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
-        behavior["scaleDown"]["stabilizationWindowSeconds"] = self.setting.window
+        behavior["scaleDown"]["stabilizationWindowSeconds"] = self.setting.window_down
+        behavior["scaleUp"] = {"stabilizationWindowSeconds": self.setting.window_up}
         return objects
 
-    def stream(self, producer, over_at):
-        """Write an update each period."""
-        number, due = 0, time.monotonic()
-        while due < over_at:
+    def stream(self, producer, seconds):
+        """Write an update each period for so long."""
+        number, due = 0, self.began
+        while due < self.began + seconds:
             time.sleep(max(due - time.monotonic(), 0))
             producer.produce(self.incoming, envelope(number, number % 50, "echo"),
                              key=str(number % 50), on_delivery=self.delivered)
@@ -70,17 +74,17 @@ class Trial:
         text = json.loads(record.value())["update"]["message"]["text"]
         self.written["Echo: " + text] = record.timestamp()[1]
 
-    def row(self, began, over_at):
-        """Return the table's row of what happened from `began` to `over_at`."""
-        counts = [(max(at, began), count) for at, count in self.seen if at < over_at]
+    def row(self, seconds):
+        """Return the table's row of what happened in the `seconds` of the stream."""
+        over_at = self.began + seconds
+        counts = [(max(at, self.began), count) for at, count in self.seen if at < over_at]
         ends = [at for at, _ in counts[1:]] + [over_at]
         pod_seconds = sum(count * (end - at) for (at, count), end in zip(counts, ends))
-        cold = sum(count and not before for (_, before), (_, count) in zip(counts, counts[1:]))
+        cold = sum(count > 0 == before for (_, before), (_, count) in zip(counts, counts[1:]))
         waits = sorted((self.answered[text] - at) / 1000 for text, at in self.written.items())
-        hours = (over_at - began) / 3600
-        return "| %d | %d | %d | %d | %g | %.0f | %.1f | %.1f | %d | %.0f |" % (
-            self.setting + (self.period, cold / hours, waits[len(waits) * 99 // 100], waits[-1],
-                            max(count for _, count in counts), pod_seconds / 60 / hours))
+        return "| %d | %d | %d | %d | %d | %g | %d | %.1f | %.1f | %d | %.1f |" % (
+            self.setting + (self.period, cold, waits[len(waits) * 99 // 100], waits[-1],
+                            max(count for _, count in counts), pod_seconds / 60))
 
 
 def watch(trials):
@@ -125,26 +129,28 @@ def read_answers(trials):
     return consumer, read
 
 
-def measure(trials, minutes):
+def measure(trials, seconds):
     """Run the streams, and print the table."""
     from confluent_kafka import Producer
     producer = Producer({"bootstrap.servers": TestKafka.brokers})
     consumer, read = read_answers(trials)
-    began = time.monotonic()
-    over_at = began + minutes * 60
-    streams = [threading.Thread(target=trial.stream, args=(producer, over_at)) for trial in trials]
-    for stream in streams:
-        stream.start()
+    streams = []
+    for trial in trials:
+        trial.began = time.monotonic()
+        streams.append(threading.Thread(target=trial.stream, args=(producer, seconds)))
+        streams[-1].start()
+        while time.monotonic() < trial.began + APART_SECONDS:
+            read()
     while any(stream.is_alive() for stream in streams):
         read()
     producer.flush()
     until(read, "the last answers")
     consumer.close()
-    print("| pollingInterval | cooldownPeriod | lagThreshold | stabilizationWindowSeconds "
-          "| an update each, s | cold starts an hour | wait p99, s | longest wait, s | most pods "
-          "| pod-minutes an hour |\n" + "|---:" * 10 + "|")
+    print("| pollingInterval | cooldownPeriod | lagThreshold | window up, s | window down, s | an "
+          "update each, s | cold starts | wait p99, s | longest wait, s | most pods | pod-minutes |"
+          "\n" + "|---:" * 11 + "|")
     for trial in trials:
-        print(trial.row(began, over_at), flush=True)
+        print(trial.row(seconds), flush=True)
 
 
 def main():
@@ -160,7 +166,7 @@ def main():
         kubectl = watch(trials)
         until(lambda: all(len(trial.seen) > 1 and trial.seen[-1][1] == 0 for trial in trials),
               "a start without pods")
-        measure(trials, minutes)
+        measure(trials, minutes * 60)
         kubectl.terminate()
         kubectl.wait()
     finally:

@@ -1,10 +1,11 @@
 """A real Kubernetes with KEDA: what the manifests promise, seen there.
 
-With KUBECONFIG set the tests run on that cluster (kind, k3d, minikube): it has KEDA, its nodes have
-the image (`kind load docker-image echo-bot:1.0.0`), and CLUSTER_KAFKA names a broker that its pods
-and this machine reach by the same address. Without it .ci/cluster makes one, which wants root and
-Debian, takes a quarter of an hour the first time, and ends with the tests; it goes on where
-KUBECONFIG says that it is the one: `eval "$(.ci/cluster env)"`.
+With KUBECONFIG set the tests run on that cluster (kind, k3d, minikube; another one only where
+CLUSTER_CONTEXT names its context, since they empty a namespace and drain a node): it has KEDA, its
+nodes have both images of the Dockerfile (`kind load docker-image`), and CLUSTER_KAFKA names a
+broker that its pods and this machine reach by the same address. Without it .ci/cluster makes one,
+which wants root and Debian, takes a quarter of an hour the first time, and ends with the tests; it
+goes on where KUBECONFIG says that it is the one: `eval "$(.ci/cluster env)"`.
 
 The namespace of the manifests enforces the Pod Security Standard `restricted` throughout. A worker
 that is not the bot takes the bot's place in the manifests by its command and its variables; the
@@ -56,6 +57,8 @@ class Cluster:
         if OWN:
             for command in "up", "images", "keda", "kafka":
                 run(CLUSTER, command)
+        else:
+            check_context(self.kubectl("config", "current-context").strip())
         self.kubectl("delete", "namespace", RECORDER, "--ignore-not-found")
         self.apply([namespace(RECORDER), programs(RECORDER), recorder(image_of_the_bot())])
         self.kubectl("wait", "-n", RECORDER, "pod/recorder", "--for=condition=Ready",
@@ -96,6 +99,13 @@ class Cluster:
 
 
 cluster = Cluster()
+
+
+def check_context(name):
+    """Raise where this may be a cluster that people use."""
+    if not name.startswith(("kind-", "k3d-", "minikube")) and name != os.getenv("CLUSTER_CONTEXT"):
+        raise SystemExit("%s is no kind, k3d or minikube: these tests empty the namespace %s and "
+                         "drain a node; CLUSTER_CONTEXT=%s allows that" % (name, BOT, name))
 
 
 def tearDownModule():
@@ -183,13 +193,6 @@ for entry in os.listdir("/proc"):
             if file.read().split(bytes(1))[1:] == [sys.argv[1].encode(), b""]:
                 os.kill(int(entry), int(sys.argv[2]))
 """
-
-
-def bare(spec):
-    """Make a pod's spec one that knows nothing of a sidecar."""
-    del spec["initContainers"], spec["terminationGracePeriodSeconds"]
-    spec.pop("shareProcessNamespace", None)
-    del spec["containers"][0]["lifecycle"]
 
 
 class in_background:
@@ -617,13 +620,22 @@ class TestPodSecurity(ClusterCase):
 class TestPatch(ClusterCase):
     def test_existing_deployment(self):
         """README's patch brings the sidecar to a Deployment that knew nothing of it."""
-        patch, = [block for block in readme_blocks("yaml") if "preStop" in block]
-        self.assertLessEqual(len(patch.splitlines()), 18)
+        import yaml
+        text, = [block for block in readme_blocks("yaml")
+                 if "preStop" in block and "initContainers" in block]
+        self.assertLessEqual(len(text.splitlines()), 18)
+        patch = yaml.safe_load(text)["spec"]["template"]["spec"]
         objects = with_worker(build(), "python", 4, 2)
-        bare(pick(objects, "Deployment")["spec"]["template"]["spec"])
+        # The patch says nothing of privileges, as the Deployment that it is for may not either.
+        pick(objects, "Namespace")["metadata"]["labels"].update(
+            {"pod-security.kubernetes.io/enforce": "privileged"})
+        spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
+        del spec["initContainers"], spec["terminationGracePeriodSeconds"]
+        del spec["shareProcessNamespace"], spec["containers"][0]["lifecycle"]
+        spec["containers"][0]["name"] = patch["containers"][0]["name"]
         self.apply(objects)
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            file.write(patch)
+            file.write(text)
             file.flush()
             self.kubectl("patch", "deployment", "bot-echo", "--patch-file", file.name)
         self.kubectl("rollout", "status", "deployment/bot-echo", "--timeout=300s")
