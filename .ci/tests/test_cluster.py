@@ -267,8 +267,13 @@ class ClusterCase(Case):
     def busy(self, threads):
         """Wait until each thread of each pod is at work; return the names of the pods."""
         names = sorted(self.pods())
-        cluster.ask_recorder("wait/%d/%s" % (threads, ",".join(names)))
+        self.wait_for_begun(threads, *names)
         return names
+
+    def wait_for_begun(self, count, *names):
+        """Wait until each of these pods has begun so many more messages."""
+        came = cluster.ask_recorder("wait/%d/%s" % (count, ",".join(names)))
+        self.assertTrue(came, "%d more messages in each of %s" % (count, ", ".join(names)))
 
     def delete(self, names):
         """Delete pods; return after how many seconds the last of them was gone."""
@@ -364,7 +369,7 @@ class TestInterruptions(ClusterCase):
     def works_again(self, pod, before):
         """Wait until a worker with another run than `before` works; return its run."""
         def run():
-            cluster.ask_recorder("wait/%d/%s" % (self.THREADS, pod))
+            self.wait_for_begun(self.THREADS, pod)
             return self.runs(pod) - before
         return until(run, "the restarted worker's first message")
 

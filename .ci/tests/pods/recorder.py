@@ -1,8 +1,8 @@
 """Keeps what the workers of the cluster's tests say of their messages, outside of their pods.
 
-POST /begin/POD/MESSAGE and /end/POD/MESSAGE are recorded with the time that they came, GET /records
-returns all of them as JSON, GET /wait/COUNT/POD,POD,... does so when each of the pods has begun
-COUNT more than it had, and GET /callers returns the addresses that asked for /health: the node's.
+POST /begin/POD/MESSAGE and /end/POD/MESSAGE are recorded with the time that they came, and GET
+/records returns all of them as JSON. GET /wait/COUNT/POD,POD,... waits until each of the pods has
+begun COUNT more. GET /callers returns the addresses that asked for /health: the node's.
 """
 import http.server
 import json
@@ -19,10 +19,10 @@ def begun(pod):
 
 
 def wait(count, *pods):
-    """Return when each of the pods has begun `count` more messages, after 60 s at the latest."""
+    """Return true when each of the pods has begun `count` more messages, false after 60 s."""
     with changed:
         before = {pod: begun(pod) for pod in pods}
-        changed.wait_for(lambda: all(begun(pod) >= before[pod] + count for pod in pods), 60)
+        return changed.wait_for(lambda: all(begun(pod) >= before[pod] + count for pod in pods), 60)
 
 
 class Recorder(http.server.BaseHTTPRequestHandler):
@@ -37,9 +37,13 @@ class Recorder(http.server.BaseHTTPRequestHandler):
         what, *arguments = self.path.strip("/").split("/")
         if what == "health":
             callers.add(self.client_address[0])
-        if what == "wait":
-            wait(int(arguments[0]), *arguments[1].split(","))
-        self.answer({"callers": sorted(callers), "health": "serving"}.get(what, records))
+            self.answer("serving")
+        elif what == "callers":
+            self.answer(sorted(callers))
+        elif what == "wait":
+            self.answer(wait(int(arguments[0]), *arguments[1].split(",")))
+        else:
+            self.answer(records)
 
     def answer(self, value):
         body = json.dumps(value).encode()
