@@ -35,7 +35,7 @@ class Trial:
 
     def __init__(self, number, setting, period):
         self.setting, self.period = setting, period
-        self.space = "keda-%d" % number
+        self.space = "keda-%d-%d" % (os.getpid(), number)
         self.began = time.monotonic()                       # when its stream did
         self.incoming, self.outgoing = self.space + "-in", self.space + "-out"
         self.written, self.answered = {}, {}                # by text: ms since the epoch
