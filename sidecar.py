@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Count the requests that a worker has in flight; hold its shutdown back until there are none.
+from __future__ import annotations
+
+__doc__ = """Count the requests that a worker has in flight; hold its shutdown back until there are none.
 
 Copy this file into an image and run it beside the worker. It needs Python 3.7 or newer and nothing
 else.
@@ -25,8 +27,8 @@ Endpoints on SIDECAR_PORT (those marked * answer loopback and TRUSTED_CLIENTS on
       GET  /requests       the active requests, oldest first: [{"request_id", "age_seconds"}, ...]
       GET  /health         200 as long as the sidecar runs
       GET  /ready          200, or 503 while draining or drained
-      GET  /               the same for people: a page that follows the sidecar; this list, where no
-                           browser asks
+      GET  /               the same for people: a page that follows the sidecar; this text, where
+                           no browser asks
 
 On METRICS_PORT: GET /metrics, the Prometheus text format, or OpenMetrics where Accept asks for it.
 
@@ -51,15 +53,15 @@ was over first, or when a second signal cut it short, and 2 for a bad setting. W
 worker's: SIGTERM drains first and is then passed on to the worker; other signals are passed on at
 once.
 """
-from __future__ import annotations
-
 import errno
 import functools
 import http.client
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -67,19 +69,23 @@ import select
 import signal
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
 from bisect import bisect_left
 from collections import OrderedDict, deque, namedtuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote
 
 __version__ = "1.1.0"
 
 COMMANDS = ("health", "ready", "drain", "metrics", "requests")
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
 REMEMBERED = 10000              # of ids that have ended, of those given up, of ends without a start
-QUEUED_LINES = 10000            # log lines kept while stderr is blocked
+MAX_QUEUED_BYTES = 1 << 20      # of log lines, kept while stderr is blocked
+
+MAX_NAMED = 100                 # requests that one event names in the log, each on its line
+PIECE = 5000                    # requests that a reset gives up before it lets others have the lock
 
 REPORT_SECONDS = 5.0            # how often a drain that waits says so in the log
 LOOK_SECONDS = 1.0              # how often it looks at what only time brings
@@ -104,46 +110,62 @@ class Settings:
 
     def __init__(self, environ):
         def read(name, default, parse, expected):
-            text = environ.get(name) or default
-            try:
-                return parse(text)
-            except ValueError:
-                raise ValueError("%s=%r: expected %s" % (name, text, expected)) from None
+            return read_variable(environ, name, default, parse, expected)
 
-        levels, formats, a_port = ("DEBUG", "INFO", "WARNING", "ERROR"), ("text", "json"), "a port from 0 to 65535"
-        self.host = environ.get("SIDECAR_HOST", "")
-        self.port = read("SIDECAR_PORT", "8081", parse_port, a_port)
-        self.metrics_port = read("METRICS_PORT", "9091", parse_port, a_port)
-        self.grace_period_seconds = read("GRACE_PERIOD_SECONDS", "30", parse_duration, A_DURATION)
-        self.quiet_period_seconds = read("QUIET_PERIOD_SECONDS", "0", parse_duration, A_DURATION)
-        self.request_timeout_seconds = read("REQUEST_TIMEOUT_SECONDS", "0", parse_duration, A_DURATION)
-        holds = ("auto", "always", "never")
-        self.hold_starts = holds[read("HOLD_STARTS", "auto", lambda text: holds.index(text.lower()),
-                                      "auto, always or never")]
+        self.host = read("SIDECAR_HOST", "", str, "")
+        self.port = read("SIDECAR_PORT", "8081", parse_port, EXPECTED_PORT)
+        self.metrics_port = read("METRICS_PORT", "9091", parse_port, EXPECTED_PORT)
+        self.grace_period_seconds = read("GRACE_PERIOD_SECONDS", "30", parse_duration, EXPECTED_DURATION)
+        self.quiet_period_seconds = read("QUIET_PERIOD_SECONDS", "0", parse_duration, EXPECTED_DURATION)
+        self.request_timeout_seconds = read("REQUEST_TIMEOUT_SECONDS", "0", parse_duration, EXPECTED_DURATION)
+        self.hold_starts = read("HOLD_STARTS", "auto", *one_of("auto", "always", "never"))
         self.trusted_clients = read("TRUSTED_CLIENTS", "", parse_networks,
                                     "addresses or CIDRs such as 10.0.0.0/8, separated by commas")
-        self.log_level = levels[read("LOG_LEVEL", "INFO", lambda text: levels.index(text.upper()), ", ".join(levels))]
-        self.log_format = formats[read("LOG_FORMAT", "text", lambda text: formats.index(text.lower()), "text or json")]
+        self.log_level = read("LOG_LEVEL", "INFO", *one_of("DEBUG", "INFO", "WARNING", "ERROR"))
+        self.log_format = read("LOG_FORMAT", "text", *one_of("text", "json"))
 
 
-def parse_port(text):
-    return range(65536).index(int(text))
+def read_variable(environ, name, default, parse, expected):
+    text = environ.get(name, "").strip() or default
+    try:
+        return parse(text)
+    except ValueError:
+        raise ValueError("%s=%r: expected %s" % (name, text, expected)) from None
 
 
-def parse_networks(text):
+def one_of(*words):
+    """Return a function that finds a text among the words, whatever its case, and what to call them in an error."""
+    def parse(text):
+        for word in words:
+            if word.lower() == text.lower():
+                return word
+        raise ValueError(text)
+    return parse, "%s or %s" % (", ".join(words[:-1]), words[-1])
+
+
+EXPECTED_PORT = "a port from 0 to 65535"
+
+
+def parse_port(text: str, lowest: int = 0) -> int:
+    if re.fullmatch("[0-9]{1,5}", text) and lowest <= int(text) < 65536:
+        return int(text)
+    raise ValueError(text)
+
+
+def parse_networks(text: str) -> list:
     return [ipaddress.ip_network(network, strict=False)
             for network in ["127.0.0.0/8", "::1/128"] + text.replace(",", " ").split()]
 
 
-UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}    # both mus
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}    # U+00B5 and U+03BC
 NUMBER = r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
 DURATION_PART = re.compile(NUMBER + "(ns|us|µs|μs|ms|s|m|h)")
 DURATION = re.compile("%s|(?:%s)+" % (NUMBER, DURATION_PART.pattern))
 YEAR_SECONDS = 365 * 24 * 3600.0
-A_DURATION = "a duration from 0 to a year, such as 1.2s, 350ms, 1m2.5s or a number of seconds"
+EXPECTED_DURATION = "a duration from 0 to a year, such as 1.2s, 350ms, 1m2.5s or a number of seconds"
 
 
-def parse_duration(text):
+def parse_duration(text: str) -> float:
     """Return the seconds that `text` says: a number, or Go's form (https://pkg.go.dev/time#ParseDuration).
 
     "3", "1.2s", "5.1e-05s", "350ms", "150µs" and "1m2.5s" are durations. ValueError: anything else, and over a year.
@@ -153,7 +175,7 @@ def parse_duration(text):
         seconds = sum(float(number) * UNITS[unit] for number, unit in parts) if parts else float(text)
         if seconds <= YEAR_SECONDS:
             return seconds
-    raise ValueError("%r: expected %s" % (text[:100], A_DURATION))
+    raise ValueError("%r: expected %s" % (text[:100], EXPECTED_DURATION))
 
 
 # ---- The tracker ----------------------------------------------------------------------------------
@@ -231,6 +253,8 @@ class RequestTracker:
         self._left_behind = 0
         self._duration_counts = [0] * (len(BUCKETS) + 1)
         self._duration_sum = 0.0
+        self._short_durations = 0                   # how many in a row
+        self._short_durations_told = False
         self._latest_durations = deque(maxlen=100)  # by the clock here, whatever the worker said
         self._start_time = time.time()
         self._last_start_time = None
@@ -241,6 +265,8 @@ class RequestTracker:
         self._outcomes = {COMPLETED: 0, TIMED_OUT: 0, UNDONE: 0}
         self._terminating = False                   # SIGTERM has come
         self._passed_on_at = None                   # when `run` passed it on to the worker
+        self._other_counts = dict.fromkeys(
+            ("evicted_connections", "refused_connections", "refused_calls"), 0)
         self._held = OrderedDict()                  # {InFlight: None}, the oldest first
         self._held_since = None                     # since when there has been one
         self._held_seconds = 0.0                    # for how long there had been one before
@@ -304,8 +330,12 @@ class RequestTracker:
                     if request.id.startswith(prefix or "")]
             if prefix is None and self._phase != SERVING:
                 self._undo(now, "reset")            # first, or the drain would complete
-            self._give_up(left, now)
-            return len(left)
+            count = self._give_up(left[:PIECE], now)
+        for first in range(PIECE, len(left), PIECE):
+            time.sleep(0.001)                       # lets others have the lock
+            with self._condition:
+                count += self._give_up(left[first:first + PIECE], time.monotonic())
+        return count
 
     # -- drains
 
@@ -335,6 +365,19 @@ class RequestTracker:
                     log.info("draining", self._drain_fields(now))
                 self._condition.wait(min(over_at, self._due_at(), now + LOOK_SECONDS) - now)
 
+    def keep_time(self) -> None:
+        """While there is a drain, wake those who wait, once a second. Runs for ever, in a thread.
+
+        The time-out of Condition.wait follows the wall clock on Python 3.7 and 3.8, and where the C
+        library has no sem_clockwait (musl): set back, it would not end. That of sleep does not.
+        """
+        while True:
+            with self._condition:
+                while self._phase != DRAINING:
+                    self._condition.wait()
+                self._condition.notify_all()
+            time.sleep(LOOK_SECONDS)
+
     def passed_on(self) -> None:
         """Take note that `run` has sent the worker its signal."""
         with self._condition:
@@ -347,7 +390,7 @@ class RequestTracker:
 
     # -- held starts
 
-    def answer_of_held(self, request: InFlight):
+    def answer_of_held(self, request: InFlight, must: bool = False):
         """Answer a held start if it is due; return its answer, or None while it is held.
 
         Its connection asks several times a second. It is due when:
@@ -358,6 +401,7 @@ class RequestTracker:
         - draining: it was held for HELD_LONGEST_SECONDS;
         - drained, and its worker is still there, HELD_SECONDS later or newly started: only that was
           restarted, or a person drained, and the drain is undone;
+        - it must: its connection gives way to another one;
         - drained after SIGTERM: a second after `run` passed it on. A sidecar just exits.
         """
         with self._condition:
@@ -365,7 +409,7 @@ class RequestTracker:
             self._catch_up(now)
             if request.answer:
                 pass
-            elif request.id in self._active or request.id in self._early_ends:
+            elif must or request.id in self._active or request.id in self._early_ends:
                 self._answer(request, now)
             elif self._phase == DRAINING:
                 self._answer_while_draining(request, now)
@@ -403,6 +447,11 @@ class RequestTracker:
 
     # -- figures
 
+    def count(self, figure: str) -> None:
+        """Add one to a figure that is not about requests."""
+        with self._condition:
+            self._other_counts[figure] += 1
+
     def snapshot(self) -> dict:
         """Return every figure as of one moment; times are in seconds since the epoch."""
         with self._condition:
@@ -412,6 +461,7 @@ class RequestTracker:
             oldest = next(iter(self._active.values()), None)
             held = next(iter(self._held), None)
             return {
+                **self._other_counts,
                 "active_requests": len(self._active),
                 "total_requests": self._started,
                 "last_request_time": self._last_start_time,
@@ -483,6 +533,7 @@ class RequestTracker:
 
     def _begin(self, now):
         self._phase, self._drain = DRAINING, Drain(now, self.grace_period_seconds)
+        self._condition.notify_all()                # for keep_time
         log.info("drain started", self._drain_fields(now))
         self._finish_if_due(now)
 
@@ -492,7 +543,7 @@ class RequestTracker:
             self._end_drain(now, TIMED_OUT if self._active else COMPLETED)
             log.log(logging.WARNING if self._active else logging.INFO, "drain "
                     + self._drain.outcome.replace("_", " "), self._drain_fields(now))
-            for request in self._active.values():
+            for request in itertools.islice(self._active.values(), MAX_NAMED):
                 log.warning("still active", described(request, now))
 
     def _undo(self, now, reason):
@@ -563,22 +614,40 @@ class RequestTracker:
         self._last_end = now
         measured = now - request.started
         self._latest_durations.append(measured)
-        seconds = measured if seconds is None else seconds
+        if seconds is None:
+            seconds = measured
+        elif measured >= 0.1:
+            self._look_for_short_durations(seconds, measured)
         self._duration_counts[bisect_left(BUCKETS, seconds)] += 1
         self._duration_sum += seconds
         if named is not None:
             remember(self._ended_ids, named, None)
 
+    def _look_for_short_durations(self, seconds, measured):
+        """Say once that ten ends in a row told less than a thousandth of the time that passed."""
+        self._short_durations = self._short_durations + 1 if seconds * 1000 < measured else 0
+        if self._short_durations == 10 and not self._short_durations_told:
+            self._short_durations_told = True
+            log.warning("durations are too short", {
+                "duration_seconds": seconds, "measured_seconds": rounded(measured),
+                "hint": "Go takes the duration of `defer end(time.Since(start))` before the work"})
+
     def _give_up(self, requests, now):
-        for request in requests:
+        """Give up those that are still active; return how many there were."""
+        requests = [request for request in requests if self._active.get(request.id) is request]
+        self._expired += len(requests)
+        for number, request in enumerate(requests):
             unheard = request.id in self._unheard
             self._remove(request.id, now)
             remember(self._given_up, request.id, request)
             if not request.brought_id:
                 remember(self._given_up_without_id, request.id, None)
-            self._expired += 1
-            log.log(logging.INFO if unheard else logging.WARNING, "request given up",
-                    described(request, now))
+            if number < MAX_NAMED:
+                log.log(logging.INFO if unheard else logging.WARNING, "request given up",
+                        described(request, now))
+        if len(requests) > MAX_NAMED:
+            log.warning("more requests given up", {"requests": len(requests) - MAX_NAMED})
+        return len(requests)
 
     def _forget_given_up(self, request_id):
         self._given_up_without_id.pop(request_id, None)
@@ -751,6 +820,12 @@ FIGURES = (
     Figure("oldest_held_start_age_seconds", rounded,
            "How long the oldest of them has been held; 0 without one.",
            "sidecar_oldest_held_start_age_seconds", "gauge"),
+    Figure("evicted_connections", unchanged, "Connections that gave their place to newer ones.",
+           "sidecar_connections_evicted_total", "counter"),
+    Figure("refused_connections", unchanged, "Connections that there was no place for.",
+           "sidecar_connections_refused_total", "counter"),
+    Figure("refused_calls", unchanged, "Calls of those who may not change the count.",
+           "sidecar_calls_refused_total", "counter"),
     Figure("drains", None, "Drains that are over, by outcome.", "sidecar_drains_total", "counter"),
     Figure("version", unchanged, "The version of the sidecar."),
     Figure("info", None, "The versions that are running.", "sidecar_info", "info"),
@@ -841,134 +916,232 @@ def labels(**pairs):
 
 # ---- HTTP -----------------------------------------------------------------------------------------------------------
 
-MAX_CONNECTIONS = 512           # to a port; each has a thread
+MAX_CONNECTIONS = 512           # to a port: of those who may change the count, and of the others
+CROWDED = MAX_CONNECTIONS * 3 // 4  # from here on each connection is closed after its answer
 SPARE_THREADS = 16              # of a port, that wait for a connection
 MAX_LINE_BYTES = 8 * 1024
 MAX_HEAD_BYTES = 16 * 1024
 MAX_BODY_BYTES = 64 * 1024
+MAX_SEEN_BYTES = 1024           # of a head that is kept, so that the same bytes are parsed once
+MAX_SEEN = 256
 IDLE_SECONDS = 60.0             # a connection between two requests
 REQUEST_SECONDS = 10.0          # from the first byte of a request to its last
+SEND_SECONDS = 10.0             # for the kernel to take a whole answer
+SILENT_SECONDS = 1.0            # after which a client that has sent nothing whole may lose its place
+ROOM_SECONDS = 0.25             # that one who counts waits for a place before another one loses its
 LINGER_SECONDS = 1.0            # for the last answer to be sent, or read
 
-HEAD_END = re.compile(rb"\r?\n\r?\n")
+HEAD_END = re.compile(rb"\n\r?\n")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 TOKEN = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
-REQUEST_LINE = re.compile("(" + TOKEN.pattern + r") (?:https?://[^/? ]*)?(/[^? ]*|\*)(?:\?([^ ]*))? HTTP/1\.([0-9])")
+REQUEST_LINE = re.compile(
+    "(" + TOKEN.pattern + r") (?:(?i:https?)://[^/?\x00-\x20\x7f]+(?=[/? ])|(?=[/*]))"
+    r"(/[^?\x00-\x20\x7f]*|(?<=^OPTIONS )\*)?(?:\?([^\x00-\x20\x7f]*))? HTTP/1\.([0-9])\r?")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[^]]*)?\]|[-.!$%&'()*+;=~0-9A-Z_a-z]*)(?::[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?")
+QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
-Request = namedtuple("Request", "method path query headers keep_alive client")
-Answer = namedtuple("Answer", "status content_type body headers")
-Held = namedtuple("Held", "answer client_gone")     # of a start: functions; the first may return None
+# Who calls. `trusted`: may change the count. `local`: from this machine, so perhaps a browser on it.
+FULLNESS = ("", "many connections: each is closed after its answer",
+            "too many connections: the longest idle is closed, or a new one refused")
+
+Caller = namedtuple("Caller", "address trusted local")
+# `parameters` are those of the query. `dns_name` is the Host where that is a name with a dot.
+Request = namedtuple("Request", "method path query parameters headers keep_alive dns_name caller")
+Answer = namedtuple("Answer", "status content_type body headers")   # headers: pairs of name and value
 
 
-def json_answer(content, status=200, headers=""):
+# What an endpoint returns whose answer has to wait. `answer(must)` returns it, or None; with `must` it
+# is given now. `trickles`: its client sees from time to time that something comes.
+Held = namedtuple("Held", "answer client_gone trickles")
+
+
+def json_answer(content, status: int = 200, headers: tuple = ()) -> Answer:
     return Answer(status, "application/json", json.dumps(content) + "\n", headers)
 
 
-def counted(active, draining, before=""):
-    """Return the answer to a start or an end. Each message pays for two of these, and json.dumps costs more by 4 us."""
+def counted(active, draining, request_id=None):
+    """Return the answer to a start (with an id) or an end: json.dumps would take 4 us longer."""
+    named = '"request_id": %s, ' % json.dumps(request_id) if request_id else ""
     return Answer(200, "application/json", '{%s"active_requests": %d, "draining": %s}\n'
-                  % (before, active, "true" if draining else "false"), "")
-
-
-def started_answer(request_id=None, active=0, draining=False):
-    return request_id and counted(active, draining, '"request_id": %s, ' % json.dumps(request_id))
+                  % (named, active, "true" if draining else "false"), headers=())
 
 
 class HTTPError(Exception):
-    """An error that the client is told: raised anywhere below, sent by Connection."""
+    """An error that becomes the answer."""
 
-    def __init__(self, status, text, headers="", **fields):
+    def __init__(self, status: int, text: str, headers: tuple = (), **fields):
         super().__init__(text)
         self.answer = json_answer(dict({"error": text}, **fields), status, headers)
 
 
-@functools.lru_cache(maxsize=64)
-def parse_headers(lines):
-    """Return {name: value}, for reading only: a client's requests mostly have the same headers, so the latest are kept."""
+def encode(answer: Answer, keep_alive: bool, with_body: bool = True) -> bytes:
+    """Return the bytes of an answer."""
+    body = answer.body.encode()
+    head = encode_head(answer.status, answer.content_type, len(body), keep_alive, answer.headers)
+    return head + body if with_body else head
+
+
+@functools.lru_cache(maxsize=MAX_SEEN)
+def encode_head(status, content_type, length, keep_alive, headers):
+    pairs = (("Content-Type", content_type), ("Content-Length", length),
+             ("Cache-Control", "no-store"), ("Connection", "keep-alive" if keep_alive else "close"))
+    lines = ["HTTP/1.1 %d %s" % (status, http.client.responses[status])]
+    return "\r\n".join(lines + ["%s: %s" % pair for pair in pairs + headers] + ["", ""]).encode()
+
+
+@functools.lru_cache(maxsize=MAX_SEEN)
+def parse_request(line, block, caller):
+    """Return the Request that a first line and a block of header lines make: the same one for the
+    same bytes. HTTPError: they are malformed."""
+    method, path, query, version = parse_line(line)
+    headers, old = headers_of(block), version == "0"
+    host = HOST.fullmatch(headers.get("host", ""))
+    if not host or not old and "host" not in headers:           # RFC 9112, 3.2
+        raise HTTPError(400, "Host %r: expected one HOST or HOST:PORT" % headers.get("host", "")[:100])
+    name = host.group(1).strip("[].").lower()
+    dns_name = name if "." in name and not parse_address(name) else None
+    connection = headers.get("connection", "").lower()
+    keep_alive = "keep-alive" in connection if old else "close" not in connection
+    if old:
+        headers = dict(headers, expect="")                      # RFC 9110, 10.1.1
+    return Request(method, path or "/", query or "", parse_query(query or ""), headers, keep_alive,
+                   dns_name, caller)
+
+
+def parse_line(line):
+    # Bytes that are no UTF-8 become lone surrogates, which are not printable.
+    text = line.decode("utf-8", "surrogateescape")
+    match = REQUEST_LINE.fullmatch(text)
+    if not match:
+        raise HTTPError(400, "malformed request %r: expected METHOD /PATH HTTP/1.1, no control "
+                        "characters, no TLS" % text[:100])
+    return match.groups()
+
+
+def parse_query(query):
+    """Return {name: value}. A name that comes twice has both values, on two lines: no valid id or duration."""
+    values = {}
+    for pair in filter(None, query.split("&")):
+        name, _, value = pair.replace("+", " ").partition("=")
+        if "%" in pair:
+            name, value = (unquote(text, errors="surrogateescape") for text in (name, value))
+        values[name] = values[name] + "\n" + value if name in values else value
+    return values
+
+
+HEADERS = {}                    # {a whole block of header lines, with its blank line: what it says}
+
+
+def headers_of(block):
+    """Return {name: value}, for reading only."""
+    headers = HEADERS.get(block)
+    if headers is not None:
+        return headers
     headers = {}
-    for line in lines.decode("utf-8", "replace").split("\n") if lines else ():
+    for line in block.replace(b"\r\n", b"\n").decode("latin-1").split("\n")[:-2]:
         name, colon, value = line.partition(":")
         if not colon or not TOKEN.fullmatch(name) or CONTROL_CHARACTER.search(value):
-            raise HTTPError(400, "malformed header %r: expected NAME: VALUE, no control characters" % line[:100])
+            raise HTTPError(400, "malformed header %r: expected NAME: VALUE, no control characters"
+                            % line[:100])
         name, value = name.lower(), value.strip(" \t")
         headers[name] = headers[name] + ", " + value if name in headers else value
+    if len(block) <= MAX_SEEN_BYTES:
+        if len(HEADERS) >= MAX_SEEN:
+            HEADERS.clear()
+        HEADERS[block] = headers
     return headers
 
 
-class Connection(socketserver.BaseRequestHandler):
-    """One connection on its own thread: a request is read, then answered, until either side closes (RFC 9112)."""
+@functools.lru_cache(maxsize=MAX_SEEN)
+def parse_address(text):
+    """Return the IP address that a text is, an IPv4-mapped one as IPv4, or None. The scope of a link-local one is dropped."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
-    def handle(self):
-        self.received = b""         # and not yet used
-        self.deadline = None        # of the request that is being read; None between two
-        self.request.settimeout(IDLE_SECONDS)
+
+def prefers(accept: str, media_type: str) -> bool:
+    """Tell whether an Accept field (RFC 9110, 12.5.1) names a media type, and wants it no less than text/plain."""
+    wanted = {}
+    for part in accept.lower().split(","):
+        name, *parameters = [piece.strip() for piece in part.split(";")]
+        quality = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+        wanted[name] = max(float(quality) if QUALITY.fullmatch(quality) else 0.0, wanted.get(name, 0.0))
+    plain = next((wanted[name] for name in ("text/plain", "text/*", "*/*") if name in wanted), 0.0)
+    return wanted.get(media_type, 0.0) >= max(plain, 0.001)
+
+
+class Connection:
+    """One connection, served by one thread: a request is read, then answered, until either side closes (RFC 9112)."""
+
+    def __init__(self, server, connected, caller):
+        self.server, self.socket, self.caller = server, connected, caller
+        self.neighbours = server.connections[caller.trusted]    # those that share its budget
+        self.thread = None
+        self.received = b""                     # what has come and is not parsed yet
+        self.deadline = None                    # of the request that is being read; None between two requests
+        self.waiting_since = time.monotonic()   # for the client to send something; None while it waits for us
+        self.idle = False                       # between two requests: a close loses nothing
+        self.held = None                        # (trickles?, since when) while its answer is held
+        self.gives_way = False                  # another one has got its place
+        self.keeps_alive = False                # after the latest answer
+
+    def serve(self):
         try:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(SEND_SECONDS))
+            self.wait_no_longer_than(IDLE_SECONDS)
             while self.serve_request():
                 pass
-        except OSError:             # the client is gone, or idle for too long
+        except OSError:                         # the client is gone, or has been silent for too long
             pass
 
     def serve_request(self):
         """Answer the next request; return true where another one may follow it."""
         try:
-            request = self.read_head()
+            request = self.read_request()
             self.drop_body(request.headers)
-        except HTTPError as error:          # nobody knows where the next request would begin
-            self.send(error.answer, keep_alive=False)
+        except HTTPError as error:              # nobody knows where the next request would begin
+            self.send(error.answer)
             self.linger()
             return False
-        try:
-            answer = self.server.answer(request)
-        except HTTPError as error:
-            answer = error.answer
-        except Exception as error:
-            log.error("request failed", {"path": request.path, "error": "%s: %s" % (type(error).__name__, error)})
-            answer = json_answer({"error": "the sidecar failed; its log says how"}, 500)
-        if isinstance(answer, Held):
-            answer = self.send_held(answer, request.keep_alive)
-        else:
-            self.send(answer, request.keep_alive, with_body=request.method != "HEAD")
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("request", {"client": request.client, "method": request.method, "path": request.path,
-                                  "query": request.query or "", "status": answer.status})
-        return request.keep_alive
-
-    def read_head(self):
-        """Return the next Request. HTTPError: it is malformed, too long or too slow."""
         if self.deadline is not None:
             self.deadline = None
-            self.request.settimeout(IDLE_SECONDS)
-        end = None
-        while not end:
-            self.received = self.received.lstrip(b"\r\n")
-            end = HEAD_END.search(self.received)
-            if not end:
-                self.check_head_length(self.received)
-                self.receive()
-        head, self.received = self.received[:end.start()], self.received[end.end():]
-        self.check_head_length(head)
-        line, _, header_lines = head.replace(b"\r\n", b"\n").partition(b"\n")
-        line = line.decode("utf-8", "replace")
-        match = REQUEST_LINE.fullmatch(line)
-        if not match or CONTROL_CHARACTER.search(line):
-            raise HTTPError(400, "malformed request %r: expected METHOD /PATH HTTP/1.1, no control characters" % line[:100])
-        method, path, query, minor_version = match.groups()
-        headers = parse_headers(header_lines)
-        if minor_version == "0":
-            headers = dict(headers, expect="")      # RFC 9110, 10.1.1
-        connection = headers.get("connection", "").lower()
-        keep_alive = "keep-alive" in connection if minor_version == "0" else "close" not in connection
-        return Request(method, path, query, headers, keep_alive, self.client_address[0])
+            self.wait_no_longer_than(IDLE_SECONDS)
+        self.waiting_since, self.idle = None, False
+        answer = self.server.answer(request)
+        if isinstance(answer, Held):
+            answer = self.send_held(answer, request)
+        else:
+            self.send(answer, request)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request", {"client": self.caller.address, "method": request.method,
+                                  "path": request.path, "query": request.query, "status": answer.status})
+        self.idle, self.waiting_since = True, time.monotonic()
+        return self.keeps_alive
 
-    def check_head_length(self, head):
-        if len(head) > MAX_LINE_BYTES and b"\n" not in head[:MAX_LINE_BYTES]:
-            raise HTTPError(414, "the request line is longer than %d bytes" % MAX_LINE_BYTES)
-        if len(head) > MAX_HEAD_BYTES:
-            raise HTTPError(431, "the head of the request is longer than %d bytes" % MAX_HEAD_BYTES)
+    def read_request(self):
+        """Return the next Request. HTTPError: it is malformed, too long or too slow."""
+        while True:
+            self.received = received = self.received.lstrip(b"\r\n")
+            line, _, block = received.partition(b"\n")
+            if block in HEADERS and len(received) <= MAX_SEEN_BYTES:        # whole, and seen before
+                self.received = b""
+                return parse_request(line, block, self.caller)
+            end = HEAD_END.search(received)
+            check_head(received[:end.end()] if end else received)
+            if end:
+                break
+            self.receive()
+        head, self.received = received[:end.end()], received[end.end():]
+        line, _, block = head.partition(b"\n")
+        parse = parse_request if len(head) <= MAX_SEEN_BYTES else parse_request.__wrapped__
+        return parse(line, block, self.caller)
 
     def drop_body(self, headers):
-        """Read the body, if there is one, and forget it: all that an endpoint wants to know is in the query."""
+        """Read the body, if there is one, and forget it: the endpoints read the query only."""
         length, coding = headers.get("content-length"), headers.get("transfer-encoding")
         if coding is None and length in (None, "0"):
             return
@@ -982,7 +1155,7 @@ class Connection(socketserver.BaseRequestHandler):
         if coding is not None and coding.lower() != "chunked":
             raise HTTPError(501, "Transfer-Encoding %r: expected chunked" % coding[:100])
         if not self.received and headers.get("expect", "").lower() == "100-continue":
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length is not None:
             self.drop(int(length))
         else:
@@ -1022,12 +1195,13 @@ class Connection(socketserver.BaseRequestHandler):
     def receive(self):
         """Add what comes next to `received`. HTTPError: the request's time is over. OSError: the client is gone."""
         if self.received and self.deadline is None:
-            self.deadline = time.monotonic() + REQUEST_SECONDS
+            self.idle, self.waiting_since = False, time.monotonic()
+            self.deadline = self.waiting_since + REQUEST_SECONDS
         if self.deadline is not None:
-            self.request.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            self.wait_no_longer_than(self.deadline - time.monotonic())
         try:
-            piece = self.request.recv(65536)
-        except socket.timeout:
+            piece = self.socket.recv(65536)
+        except BlockingIOError:
             if self.deadline is None:
                 raise
             raise HTTPError(408, "the request took longer than %d seconds to arrive" % REQUEST_SECONDS) from None
@@ -1035,45 +1209,98 @@ class Connection(socketserver.BaseRequestHandler):
             raise ConnectionError("closed by the client")
         self.received += piece
 
-    def send_held(self, held, keep_alive):
-        """Send the answer to a held start as soon as there is one, and return it.
+    def wait_no_longer_than(self, seconds):
+        """Set the kernel's time-out of recv. It keeps that of send too: a poll less for each, and none depends on the other."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
 
-        Its status line and the name of a header go out at once, then a byte of that header's value
-        now and then: a client that gives each read some time sees that something comes, and one
-        that has hung up shows (POLLHUP or POLLERR; a half-closed connection has neither).
+    def send_held(self, held, request):
+        """Send an answer as soon as there is one, and return it.
+
+        Where it trickles, its status line and the name of a header go out at once, then a byte of
+        that header's value now and then: a client that gives each read some time sees that something
+        comes, and one that has hung up shows (POLLHUP or POLLERR; a half-closed connection has
+        neither).
         """
         gone = select.poll()
-        gone.register(self.request, 0)
+        gone.register(self.socket, 0)
+        self.held = held.trickles, time.monotonic()
+        begun, more = (b"HTTP/1.1 200 OK\r\nHeld: ", b".") if held.trickles else (b"", b"")
         try:
-            self.request.sendall(b"HTTP/1.1 200 OK\r\nHeld: ")
-            answer = held.answer()
+            self.socket.sendall(begun)
+            answer = held.answer(self.gives_way)
             while not answer:
-                if self.server.finishing or gone.poll(TRICKLE_SECONDS * 1000):
-                    raise ConnectionError("the client of a held start, or this process, goes away")
-                self.request.sendall(b".")
-                answer = held.answer()
-            self.send(answer, keep_alive, begun=True)
+                if self.server.finishing or gone.poll(TRICKLE_SECONDS * 1000 * held.trickles):
+                    raise ConnectionError("the client of a held answer, or this process, goes away")
+                self.socket.sendall(more)
+                answer = held.answer(self.gives_way)
+            self.send(answer, request, begun)
         except OSError:
             held.client_gone()
             raise
+        finally:
+            self.held = None
         return answer
 
-    def send(self, answer, keep_alive, with_body=True, begun=False):
-        body = answer.body.encode()
-        head = ("HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nCache-Control: no-store\r\nConnection: %s\r\n%s"
-                "\r\n" % (answer.status, http.client.responses[answer.status], answer.content_type, len(body),
-                          "keep-alive" if keep_alive else "close", answer.headers))
-        if begun:
-            head = head[head.index("\r\n"):]
-        self.request.sendall(head.encode() + body if with_body else head.encode())
+    def send(self, answer, request=None, begun=b""):
+        """Send an answer whose beginning may have been sent. No request: the connection ends."""
+        crowded = len(self.neighbours) >= CROWDED and not self.received
+        self.keeps_alive = request is not None and request.keep_alive and not (crowded or self.gives_way)
+        data = encode(answer, self.keeps_alive, request is None or request.method != "HEAD")
+        data = data[data.index(b"\r\n"):] if begun else data
+        if self.socket.send(data) < len(data):
+            raise ConnectionError("the client takes too long to read its answer")
+
+    def idle_since(self, now):
+        """Return since when its client has sent nothing; infinity where it may not lose its place."""
+        since = self.waiting_since
+        may_go = since is not None and (self.idle or now - since >= SILENT_SECONDS)
+        return since if may_go else float("inf")
+
+    def is_busy(self, now):
+        return not self.held and self.idle_since(now) > now
+
+    def held_rank(self):
+        """Return how it ranks among the held ones: who hung up, starts and those held longest first."""
+        try:
+            hung_up = not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            hung_up = False
+        except OSError:
+            hung_up = True
+        trickles, since = self.held or (True, 0.0)
+        return not hung_up, not trickles, since
+
+    def stop_reading(self):
+        """Let it end: what has come by now is still read, and answered."""
+        try:
+            self.socket.shutdown(socket.SHUT_RD)
+        except OSError:                     # closed already
+            pass
 
     def linger(self):
         """Read on for a moment: closing now, with bytes unread, resets the connection before the answer is read."""
-        self.request.shutdown(socket.SHUT_WR)
+        self.idle = True
+        self.socket.shutdown(socket.SHUT_WR)
         over_at = time.monotonic() + LINGER_SECONDS
-        self.request.settimeout(LINGER_SECONDS)
-        while time.monotonic() < over_at and self.request.recv(65536):
+        self.wait_no_longer_than(LINGER_SECONDS)
+        while time.monotonic() < over_at and self.socket.recv(65536):
             pass
+
+
+def timeval(seconds):
+    """Return a struct timeval of whole seconds, at least one: these bytes are right where its fields have 32 bits too."""
+    return struct.pack("qq", max(math.ceil(seconds), 1), 0)
+
+
+def check_head(head):
+    """Raise HTTPError where a head, or what has come of it, is too long, or begins as no request does (TLS, say)."""
+    line, newline, _ = head.partition(b"\n")
+    if len(line) > MAX_LINE_BYTES:
+        raise HTTPError(414, "the request line is longer than %d bytes" % MAX_LINE_BYTES)
+    if len(head) > MAX_HEAD_BYTES:
+        raise HTTPError(431, "the head of the request is longer than %d bytes" % MAX_HEAD_BYTES)
+    if newline or not TOKEN.match(head[:1].decode("latin-1") or "-"):
+        parse_line(line)
 
 
 class ConnectionThread(threading.Thread):
@@ -1085,25 +1312,32 @@ class ConnectionThread(threading.Thread):
 
     def run(self):
         while not self.server.finishing:
-            self.server.process_request_thread(*self.inbox.get())
+            self.server.serve_connection(self.inbox.get())
             if len(self.server.spare_threads) >= SPARE_THREADS:
                 break
-            self.server.spare_threads.append(self)
+            self.server.spare_threads.append(self)      # one of a list's operations that threads may share
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A port and its routes: {(method, path): function from a Request to an Answer}. HEAD is answered as GET is."""
+    """A port and its routes: {(method, path): function from a Request to an Answer}. HEAD is answered as GET is.
+
+    serve_forever, on the port's own thread, calls for each connection
+        get_request -> process_request, which gives it to a ConnectionThread -> serve_connection -> shutdown_request.
+    It calls shutdown_request itself after handle_error, where process_request raised.
+    """
 
     allow_reuse_port = False                # a port in use is an error, on every Python
     request_queue_size = 1024               # a burst of connects must not wait for a SYN to be sent again
 
-    def __init__(self, host, port, routes):
-        self.routes = routes
-        self.connections = {}               # socket: thread
+    def __init__(self, host, port, api, routes):
+        self.api, self.routes = api, routes
+        self.connections = ({}, {})         # {socket: Connection} of others, and of the trusted
+        self.told = [0, 0]                  # what the log was told last of each of the two
         self.spare_threads = []
         self.out_of_descriptors = self.finishing = False
         if host:
-            self.address_family, _, _, _, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))   # IPv4
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            self.address_family, _, _, _, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
             super().__init__(address[:2], Connection)
         else:
             try:
@@ -1122,22 +1356,32 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     @property
-    def url(self):
-        host, port = self.server_address[:2]
-        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+    def url(self) -> str:
+        return url_of(*self.server_address[:2])
 
-    def answer(self, request):
+    def answer(self, request: Request) -> Answer:
+        try:
+            return self.route(request)(request)
+        except HTTPError as error:
+            return error.answer
+        except Exception as error:
+            log.error("request failed", {"path": request.path, "error": "%s: %s" % (type(error).__name__, error)})
+            return json_answer({"error": "the sidecar failed; its log says how"}, 500)
+
+    def route(self, request):
+        """Return the function for a request. HTTPError: there is none."""
         method = "GET" if request.method == "HEAD" else request.method
         function = self.routes.get((method, request.path))
         if function:
-            return function(request)
-        allowed = sorted(method for method, path in self.routes if path == request.path)
-        if not allowed:
+            return function
+        methods = sorted({method for method, path in self.routes if request.path in (path, "*")})
+        if not methods:
             raise HTTPError(404, "no endpoint %s: expected one of %s"
                             % (request.path[:100], ", ".join(sorted({path for _, path in self.routes}))))
-        allowed = ", ".join(allowed + ["HEAD"] * ("GET" in allowed))
-        raise HTTPError(405, "%s %s: expected %s" % (request.method[:100], request.path, allowed),
-                        "Allow: %s\r\n" % allowed)
+        allow = ("Allow", ", ".join(methods + ["HEAD"] * ("GET" in methods)))
+        if request.path == "*":             # RFC 9110, 9.3.7: OPTIONS of the server as a whole
+            return lambda request: json_answer({}, headers=(allow,))
+        raise HTTPError(405, "%s %s: expected %s" % (request.method[:100], request.path, allow[1]), (allow,))
 
     def get_request(self):
         try:
@@ -1152,111 +1396,190 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(0.1)             # the connection stays in the queue, so the next try would come at once
             raise
 
-    def verify_request(self, request, client_address):
-        if len(self.connections) < MAX_CONNECTIONS:
-            return True
+    def process_request(self, connected, client_address):
+        caller = self.api.caller_of(client_address[0], connected.getsockname()[0])
+        connection = Connection(self, connected, caller)
+        if self.make_room(connection) and self.find_thread(connection):
+            connection.neighbours[connected] = connection
+            connection.thread.inbox.put(connection)
+            return
+        self.api.tracker.count("refused_connections")
+        self.tell(connection, 2)
         try:
-            request.setblocking(False)
-            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                         b"Content-Length: 33\r\nConnection: close\r\n\r\n{\"error\": \"too many connections\"}")
+            connected.setblocking(False)
+            connection.send(json_answer({"error": "too many connections"}, 503))
         except OSError:                     # it is gone already
             pass
-        return False
+        self.shutdown_request(connected)
 
-    def process_request(self, request, client_address):
+    def make_room(self, connection):
+        """Return true where the connection has a place, or has got that of another one.
+
+        Who may change the count waits for those that are being answered, since nothing is lost with
+        them: where it is crowded they close next.
+        """
+        neighbours, began = connection.neighbours, connection.waiting_since
+        self.tell(connection, int(len(neighbours) >= CROWDED))
+        while len(neighbours) >= MAX_CONNECTIONS:
+            now = time.monotonic()
+            waits = connection.caller.trusted and any(
+                other.is_busy(now) for other in list(neighbours.values()))
+            if waits and now < began + ROOM_SECONDS or not self.evict(connection, now):
+                if not waits or now >= began + SEND_SECONDS:
+                    return False
+                time.sleep(0.001)
+        return True
+
+    def evict(self, connection, now):
+        """Take the place of one that idles or is held; return false where there is none."""
+        others = list(connection.neighbours.values())
+        longest = min(others, key=lambda other: other.idle_since(now))
+        if longest.idle_since(now) > now:
+            held = [other for other in others if other.held]
+            if not held:
+                return False
+            longest = min(held, key=Connection.held_rank)
+            longest.gives_way = True
+        self.tell(connection, 2)
+        self.api.tracker.count("evicted_connections")
+        connection.neighbours.pop(longest.socket, None)
+        longest.stop_reading()
+        return True
+
+    def tell(self, connection, level):
+        """Log how full a budget is: once, until it is fuller, or was half empty."""
+        trusted, count = connection.caller.trusted, len(connection.neighbours)
+        if count < CROWDED // 2:
+            self.told[trusted] = 0
+        if level > self.told[trusted]:
+            self.told[trusted] = level
+            log.warning(FULLNESS[level], {"client": connection.caller.address,
+                                          "port": self.server_address[1], "connections": count})
+
+    def find_thread(self, connection):
+        """Return true where there is a thread for the connection, false at a limit of processes."""
         try:
-            thread = self.spare_threads.pop()
+            connection.thread = self.spare_threads.pop()    # as safe between threads as append is
         except IndexError:
-            thread = ConnectionThread(self)
-            thread.start()
-        self.connections[request] = thread
-        thread.inbox.put((request, client_address))
+            connection.thread = ConnectionThread(self)
+            try:
+                connection.thread.start()
+            except RuntimeError:
+                return False
+        return True
 
-    def shutdown_request(self, request):
-        self.connections.pop(request, None)
-        super().shutdown_request(request)
+    def serve_connection(self, connection):
+        try:
+            connection.serve()
+        except Exception as error:
+            log.error("connection failed", {"client": connection.caller.address, "error": repr(error)})
+        finally:
+            self.shutdown_request(connection.socket)
 
-    def handle_error(self, request, client_address):
+    def shutdown_request(self, connected):
+        for connections in self.connections:
+            connections.pop(connected, None)
+        super().shutdown_request(connected)
+
+    def handle_error(self, connected, client_address):
         log.error("connection failed", {"client": client_address[0], "error": repr(sys.exc_info()[1])})
 
     def finish(self):
         """Let the answers that are under way be sent: no connection is read from any more, so its thread ends."""
         self.finishing = True
         over_at = time.monotonic() + LINGER_SECONDS
-        connections = list(self.connections.items())
-        for connection, _ in connections:
-            try:
-                connection.shutdown(socket.SHUT_RD)
-            except OSError:                 # closed already
-                pass
-        for _, thread in connections:
-            thread.join(max(over_at - time.monotonic(), 0.0))
+        connections = [*self.connections[0].values(), *self.connections[1].values()]
+        for connection in connections:
+            connection.stop_reading()
+        while any(connection.thread.is_alive() for connection in connections):
+            if time.monotonic() >= over_at:
+                break
+            time.sleep(0.001)               # a join's time-out may follow the wall clock
+
+
+def url_of(host: str, port: int) -> str:
+    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
 
 class Api:
     """The endpoints: each takes a Request and returns an Answer."""
 
-    def __init__(self, tracker, trusted_clients, holds=False):
-        self.tracker, self.trusted_clients = tracker, trusted_clients
+    def __init__(self, tracker, trusted_clients, holds=False, own_name=""):
+        self.tracker, self.trusted_clients, self.own_name = tracker, trusted_clients, own_name
         self.holds = holds                  # whether a start is held that does not say what it wants
-        self.trusts = functools.lru_cache(maxsize=1024)(self.trusts)
-        drain = self.local_only(self.drain)
+        self.refused = OrderedDict()                # {(address, why): None} of the callers that the log has told of
         self.routes = {
             ("GET", "/"): self.front,
-            ("POST", "/start-request"): self.local_only(self.start_request),
-            ("POST", "/end-request"): self.local_only(self.end_request),
-            ("POST", "/reset"): self.local_only(self.reset),
+            ("POST", "/start-request"): self.changing(self.start_request),
+            ("POST", "/end-request"): self.changing(self.end_request),
+            ("POST", "/reset"): self.changing(self.reset),
             ("GET", "/metrics"): lambda request: json_answer(render_json(tracker.snapshot())),
             ("GET", "/requests"): self.requests,
             ("GET", "/health"): lambda request: json_answer({"status": "ok"}),
             ("GET", "/ready"): self.ready,
-            ("GET", "/drain"): drain,
-            ("POST", "/drain"): drain,
+            ("GET", "/drain"): self.changing(self.drain),
+            ("POST", "/drain"): self.changing(self.drain),
         }
         self.metrics_routes = {("GET", "/metrics"): self.prometheus}
 
-    def trusts(self, host):
-        try:
-            address = ipaddress.ip_address(host.partition("%")[0])      # without the scope of a link-local one
-        except ValueError:
-            return False
-        address = getattr(address, "ipv4_mapped", None) or address
-        return any(address in network for network in self.trusted_clients)
+    def caller_of(self, address: str, own_address: str) -> Caller:
+        """Say who calls from `address` at `own_address`: one machine, where they are the same."""
+        parsed = parse_address(address)
+        local = address == own_address or parsed is not None and parsed.is_loopback
+        return Caller(address, local or self.trusts(address), local)
 
-    def local_only(self, function):
-        """Return `function` for those who may change what is counted: a pod's own containers, no browser's other site."""
+    def trusts(self, host: str) -> bool:
+        address = parse_address(host)
+        return address is not None and any(address in network for network in self.trusted_clients)
+
+    def changing(self, function):
+        """Return `function` for those who may change the count: no others, and no page of another origin."""
         def guarded(request):
-            if not self.trusts(request.client):
-                raise HTTPError(403, "%s may not call %s: expected loopback, or an address in TRUSTED_CLIENTS"
-                                % (request.client, request.path))
-            origin = request.headers.get("origin")      # only browsers send it: a worker's call pays for no look at it
-            host = "localhost" if origin is None else re.sub(r"^https?://|:[0-9]*$|[][]", "", origin)
-            if host != "localhost" and not self.trusts(host) or request.headers.get("sec-fetch-site") == "cross-site":
-                raise HTTPError(403, "a page of another site may not call %s" % request.path)
-            return function(request)
+            why = self.refusal(request)
+            if why is None:
+                return function(request)
+            self.tracker.count("refused_calls")
+            if (request.caller.address, why) not in self.refused:
+                remember(self.refused, (request.caller.address, why), None)
+                log.warning("call refused", {"client": request.caller.address, "path": request.path, "reason": why})
+            raise HTTPError(403, "%s: %s" % (request.path, why))
         return guarded
 
+    def refusal(self, request):
+        """Return why a caller may not change the count, or None if it may."""
+        if not request.caller.trusted:
+            return "%s may not change the count: expected loopback, or an address in TRUSTED_CLIENTS" % request.caller.address
+        origin = request.headers.get("origin")      # only browsers send it
+        if origin is not None:
+            host = re.sub(r"^https?://|:[0-9]*$", "", origin).strip("[]")
+            if host != "localhost" and not self.trusts(host):
+                return "a page of another site may not change the count"
+        if request.headers.get("sec-fetch-site") == "cross-site":
+            return "a page of another site may not change the count"
+        if request.dns_name and request.caller.local and request.dns_name != self.own_name:     # DNS rebinding
+            return "Host %s may be another site's: expected an address, or a name without a dot" % request.dns_name
+        return None
+
     def front(self, request):
-        if "text/html" in request.headers.get("accept", ""):
+        if prefers(request.headers.get("accept", ""), "text/html"):
             return Answer(200, "text/html; charset=utf-8", PAGE,
-                          "Content-Security-Policy: %s\r\n" % content_security_policy())
-        endpoints = __doc__.partition("\nVariables")[0].partition("\nEndpoints")
-        return Answer(200, "text/plain; charset=utf-8", "".join(endpoints[1:])[1:], "")
+                          (("Content-Security-Policy", content_security_policy()),))
+        return Answer(200, "text/plain; charset=utf-8", __doc__, ())
 
     def start_request(self, request):
-        values = parameters(request)
+        values = request.parameters
         hold = values.get("hold", "true" if self.holds else "false")
         if hold not in ("true", "false"):
             raise HTTPError(400, "hold %r: expected true or false" % hold[:100])
         started = self.tracker.start(name_of(values, "id"), hold == "true",
-                                     is_loopback(request.client))
+                                     request.caller.local)
         if started.answer:
-            return started_answer(*started.answer)
-        return Held(lambda: started_answer(*self.tracker.answer_of_held(started) or ()),
-                    lambda: self.tracker.client_gone(started))
+            return started_answer(started.answer)
+        return Held(lambda must: started_answer(self.tracker.answer_of_held(started, must)),
+                    lambda: self.tracker.client_gone(started), trickles=True)
 
     def end_request(self, request):
-        values = parameters(request)
+        values = request.parameters
         request_id = name_of(values, "id")
         seconds = bad_duration = None
         if "duration" in values:
@@ -1274,7 +1597,7 @@ class Api:
         return counted(active, draining)
 
     def reset(self, request):
-        prefix = name_of(parameters(request), "prefix")
+        prefix = name_of(request.parameters, "prefix")
         return json_answer({"given_up": self.tracker.reset(prefix)})
 
     def requests(self, request):
@@ -1288,26 +1611,29 @@ class Api:
         return json_answer({"status": "ready"})
 
     def drain(self, request):
-        outcome = self.tracker.wait(self.tracker.begin_drain())
-        active = self.tracker.snapshot()["active_requests"]
-        if outcome != COMPLETED:
-            raise HTTPError(503, "the grace period is over" if outcome == TIMED_OUT else outcome,
-                            active_requests=active)
-        return json_answer({"status": "drained", "active_requests": active})
+        drain = self.tracker.begin_drain()
+
+        def answer(must):
+            outcome = self.tracker.wait(drain, 0.0 if must else LOOK_SECONDS)
+            if outcome is None and not must:
+                return None
+            active = self.tracker.snapshot()["active_requests"]
+            if outcome == COMPLETED:
+                return json_answer({"status": "drained", "active_requests": active})
+            why = {TIMED_OUT: "the grace period is over", None: "too many connections"}
+            return json_answer({"error": why.get(outcome, outcome), "active_requests": active}, 503)
+        return Held(answer, lambda: None, trickles=False)
 
     def prometheus(self, request):
-        openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
+        openmetrics = prefers(request.headers.get("accept", ""), "application/openmetrics-text")
         return Answer(200, "application/openmetrics-text; version=1.0.0; charset=utf-8" if openmetrics else
                       "text/plain; version=0.0.4; charset=utf-8",
-                      render_prometheus(self.tracker.snapshot(), openmetrics), "")
+                      render_prometheus(self.tracker.snapshot(), openmetrics), headers=())
 
 
-def parameters(request):
-    """Return the query as a dict. A name that comes twice has both values, on two lines: no valid id or duration."""
-    values = {}
-    for name, value in parse_qsl(request.query, keep_blank_values=True) if request.query else ():
-        values[name] = values[name] + "\n" + value if name in values else value
-    return values
+def started_answer(answer):
+    """Return the Answer to a start, or None while it is held."""
+    return answer and counted(answer[1], answer[2], answer[0])
 
 
 def name_of(values, parameter):
@@ -1319,25 +1645,21 @@ def name_of(values, parameter):
     return name
 
 
-@functools.lru_cache(maxsize=1024)
-def is_loopback(host):
-    address = ipaddress.ip_address(host.partition("%")[0])
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-
-
 # ---- The process ----------------------------------------------------------------------------------------------------
 
 class LogHandler(logging.Handler):
     """Write one line an event to stderr, as text or JSON. The arguments of log.info and the like: the event, its fields.
 
     A thread writes, because whoever logs may hold the tracker's lock, and a pipe that nobody reads blocks. Then lines wait,
-    and those over QUEUED_LINES are dropped and counted.
+    and those over MAX_QUEUED_BYTES are dropped and counted.
     """
 
     def __init__(self, as_json):
         super().__init__()
-        self.as_json, self.dropped, self.lines = as_json, 0, queue.SimpleQueue()
-        threading.Thread(target=self.write, daemon=True).start()
+        self.as_json, self.lines = as_json, queue.SimpleQueue()     # of bytes, and of functions to call when it is their turn
+        self.queued_bytes = self.dropped = 0        # changed by emit alone, which logging.Handler locks
+        self.written_bytes = 0                      # changed by the thread alone
+        threading.Thread(target=self.write_lines, daemon=True).start()
 
     def format(self, record):
         fields = dict(time=rfc3339(record.created), level=record.levelname, event=record.msg)
@@ -1345,46 +1667,63 @@ class LogHandler(logging.Handler):
         if self.as_json:
             return json.dumps(fields)
         return "%s %s %s" % (fields.pop("time"), fields.pop("level"), fields.pop("event")) + "".join(
-            " %s=%s" % (name, json.dumps(value) if re.search(r'[\s"=]', str(value)) else value)
-            for name, value in fields.items())
+            " %s=%s" % (name, as_word(value)) for name, value in fields.items())
 
     def emit(self, record):
-        if self.lines.qsize() >= QUEUED_LINES:
+        if self.queued_bytes - self.written_bytes >= MAX_QUEUED_BYTES:
             self.dropped += 1
             return
         if self.dropped:
             dropped, self.dropped = self.dropped, 0
             log.warning("log lines dropped", {"lines": dropped})
-        self.lines.put(self.format(record))
+        line = self.format(record).encode("utf-8", "replace") + b"\n"
+        self.queued_bytes += len(line)
+        self.lines.put(line)
 
-    def write(self):
+    def write_lines(self):
         while True:
             line = self.lines.get()
-            if isinstance(line, threading.Event):
-                line.set()
-                continue
-            try:
-                os.write(2, line.encode("utf-8", "replace") + b"\n")
-            except OSError:                 # a full disk is no reason to stop counting
-                pass
+            if callable(line):
+                line()
+            else:
+                write(2, line)
+                self.written_bytes += len(line)
 
     def flush(self):
         """Wait until what was logged is written, but no longer than LINGER_SECONDS."""
         written = threading.Event()
-        self.lines.put(written)
+        self.lines.put(written.set)
         written.wait(LINGER_SECONDS)
 
 
-def fail(text, status=2):
+def as_word(value):
+    """Return a field's value for a line of text: quoted, and escaped to ASCII, where its bounds or signs could deceive."""
+    text = str(value)
+    return json.dumps(value) if re.search(r'[\s"=]', text) or not text.isprintable() else text
+
+
+def write(descriptor, data):
+    """Write it all, also where a worker has made the shared pipe non-blocking (Node.js does). Return whether that went well."""
+    while data:
+        try:
+            data = data[os.write(descriptor, data):]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
+        except OSError:                     # a full disk is no reason to stop counting
+            return False
+    return True
+
+
+def fail(text, status: int = 2):
     """Exit with one line on stderr."""
-    os.write(2, ("sidecar: %s\n" % text).encode("utf-8", "replace"))
+    write(2, ("sidecar: %s\n" % text).encode("utf-8", "replace"))
     sys.exit(status)
 
 
-def listen(variable, host, port, routes):
+def listen(variable, host, port, api, routes):
     try:
-        return Server(host, port, routes)
-    except (socket.gaierror, UnicodeError):         # UnicodeError: no name at all, such as a..b
+        return Server(host, port, api, routes)
+    except (socket.gaierror, UnicodeError):         # UnicodeError: a malformed name, such as a..b
         fail("SIDECAR_HOST=%r: expected an address or a name of this machine" % host)
     except OSError as error:
         fail("%s=%d: %s" % (variable, port, error.strerror))
@@ -1408,11 +1747,11 @@ def serve(command: list = ()) -> None:
                              settings.request_timeout_seconds, processes)
     sure_to_end = processes.shared or bool(command)     # SIGTERM ends a worker without a handler
     holds = settings.hold_starts == "always" or settings.hold_starts == "auto" and sure_to_end
-    api = Api(tracker, settings.trusted_clients, holds)
-    servers = [listen("SIDECAR_PORT", settings.host, settings.port, api.routes),
-               listen("METRICS_PORT", settings.host, settings.metrics_port, api.metrics_routes)]
+    api = Api(tracker, settings.trusted_clients, holds, settings.host.lower())
+    servers = [listen("SIDECAR_PORT", settings.host, settings.port, api, api.routes),
+               listen("METRICS_PORT", settings.host, settings.metrics_port, api, api.metrics_routes)]
     drainer = Drainer(tracker) if command else None
-    cpus = start_threads(settings, servers, drainer)
+    cpus = start_threads(settings, tracker, servers, drainer)
     worker = start_worker(command, servers[0].url, mask, cpus) if command else None
     log.info("listening", {"api": servers[0].url, "metrics": servers[1].url,
                            "version": __version__})
@@ -1424,7 +1763,7 @@ def serve(command: list = ()) -> None:
     drain_at_signal(tracker, processes, servers)
 
 
-def start_threads(settings, servers, drainer):
+def start_threads(settings, tracker, servers, drainer):
     """Start every thread that is ever needed for a drain: when a signal comes, there may be no more
     to be had. Return the CPUs that this process might use before.
     """
@@ -1432,6 +1771,7 @@ def start_threads(settings, servers, drainer):
     try:
         log.addHandler(LogHandler(settings.log_format == "json"))
         log.setLevel(settings.log_level)
+        threading.Thread(target=tracker.keep_time, daemon=True).start()
         if drainer:
             drainer.start()
         for server in servers:              # None: it does not poll
@@ -1637,25 +1977,47 @@ def reap(worker):
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-def ask(command):
+ASK_SECONDS = 5.0               # that a command waits for an answer
+
+
+def ask(command: str) -> int:
     """Print what a running sidecar answers to `command`; return 0 if that is a 200, else 1."""
-    url = os.environ.get("SIDECAR_URL") or "http://127.0.0.1:%s" % (os.environ.get("SIDECAR_PORT") or 8081)
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or 80
-        if parts.scheme != "http" or not host:
-            raise ValueError
-    except ValueError:
-        fail("SIDECAR_URL=%r: expected http://HOST:PORT" % url)
-    connection = http.client.HTTPConnection(host, port, timeout=None if command == "drain" else 5)
-    try:
-        connection.request("GET", parts.path.rstrip("/") + "/" + command)
+        host, port, path, url = sidecar_address(os.environ)
+    except ValueError as error:
+        fail(error)
+
+    def get(endpoint, timeout):
+        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        connection.request("GET", path + endpoint)
         answer = connection.getresponse()
-        text = answer.read().decode("utf-8", "replace")
+        return answer.status, answer.read()
+
+    try:
+        seconds = ASK_SECONDS
+        if command == "drain":              # a sidecar that hangs must not hold the preStop hook for longer than it may
+            seconds += json.loads(get("/metrics", seconds)[1])["grace_period_seconds"]
+        status, text = get("/" + command, seconds)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         fail("no answer from %s: %s" % (url, error), 1)
-    print(text, end="")
-    return 0 if answer.status == 200 else 1
+    except (ValueError, LookupError, TypeError):
+        fail("no sidecar at %s: its /metrics has no grace_period_seconds" % url, 1)
+    return 0 if write(1, text) and status == 200 else 1
+
+
+def sidecar_address(environ):
+    """Return (host, port, path before the endpoints, URL). ValueError names a bad variable."""
+    def parse(url):
+        match = re.fullmatch(r"(?i:http)://(\[[^]/]+\]|[^][:/?#@\s]+)(?::([0-9]+))?(/[^?#\s]*)?", url)
+        host, port, path = match.groups() if match else ("", "no", "")
+        return host.strip("[]"), parse_port(port or "80", 1), (path or "").rstrip("/"), url
+
+    if environ.get("SIDECAR_URL", "").strip():
+        return read_variable(environ, "SIDECAR_URL", "", parse, "http://HOST:PORT")
+    host = environ.get("SIDECAR_HOST", "").strip() or "127.0.0.1"
+    port = read_variable(environ, "SIDECAR_PORT", "8081", lambda text: parse_port(text, 1),
+                         "the port of a sidecar, from 1 to 65535")
+    return host, port, "", url_of(host, port)
 
 
 def main(arguments):

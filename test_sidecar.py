@@ -122,6 +122,8 @@ class SidecarProcess(Program):
     options.
     """
 
+    source = None           # the (address, port) that `call` calls from
+
     def __init__(self, *argv, constants=None, launcher=(), **env):
         settings = dict(SIDECAR_HOST="127.0.0.1", SIDECAR_PORT=0, METRICS_PORT=0, SIDECAR_URL=None)
         settings.update(env)
@@ -143,7 +145,7 @@ class SidecarProcess(Program):
     def call(self, method, path, body=None, headers=None, port=None):
         """Ask over a connection of its own; return (status, JSON or text)."""
         connection = http.client.HTTPConnection(self.host.strip("[]"), port or self.port,
-                                                timeout=PATIENCE)
+                                                timeout=PATIENCE, source_address=self.source)
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
@@ -679,6 +681,70 @@ def documented_endpoints():
 ENDPOINTS = documented_endpoints()
 
 
+class TestManyRequests(unittest.TestCase):
+    """What the tracker does with very many of them."""
+
+    def test_a_start_need_not_wait_for_the_end_of_a_reset(self):
+        silent = logging.NullHandler()
+        sidecar_module.log.addHandler(silent)
+        self.addCleanup(sidecar_module.log.removeHandler, silent)
+        tracker = sidecar_module.RequestTracker()
+        count = 50000
+        for _ in range(count):
+            tracker.start()
+        given_up = []
+        resetting = threading.Thread(target=lambda: given_up.append(tracker.reset()))
+        resetting.start()
+        until(lambda: tracker.snapshot()["expired_requests"])
+        tracker.start("meanwhile")
+        self.assertLess(tracker.snapshot()["expired_requests"], count)      # it still goes on
+        resetting.join(PATIENCE)
+        self.assertEqual(given_up, [count])
+        self.assertEqual([name for name, _ in tracker.active_requests()], ["meanwhile"])
+
+    def test_the_log_names_some_of_them(self):
+        lines = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append((record.msg, record.args))
+        sidecar_module.log.addHandler(handler)
+        self.addCleanup(sidecar_module.log.removeHandler, handler)
+        tracker = sidecar_module.RequestTracker(grace_period_seconds=0.0)
+        for _ in range(sidecar_module.MAX_NAMED + 7):
+            tracker.start()
+        tracker.begin_drain()
+        tracker.reset()
+        events = collections.Counter(event for event, _ in lines)
+        self.assertEqual(events["request given up"], sidecar_module.MAX_NAMED)
+        self.assertEqual(events["still active"], sidecar_module.MAX_NAMED)
+        self.assertIn(("more requests given up", {"requests": 7}), lines)
+
+
+class TestDurationHint(Case):
+    """A worker whose durations cannot be true is told so once."""
+
+    def ends(self, sidecar, *durations):
+        """Each of a request that took 0.1 s and more, as the sidecar saw it."""
+        for number, _ in enumerate(durations):
+            sidecar.post("/start-request?id=%d" % number)
+        until(lambda: sidecar.get("/requests")[1][-1]["age_seconds"] > 0.1)
+        for number, duration in enumerate(durations):
+            sidecar.post("/end-request?id=%d%s" % (number, duration and "&duration=" + duration))
+
+    def test_gos_defer_that_takes_the_time_before_the_work(self):
+        sidecar = self.sidecar()
+        self.ends(sidecar, *["87ns"] * 9, "60ms", *["87ns"] * 9, "")        # no ten in a row
+        self.ends(sidecar, *["0.2s"] * 10)
+        for _ in range(12):                                     # and what was short was soon over
+            sidecar.post("/start-request?id=a")
+            sidecar.post("/end-request?id=a&duration=87ns")
+        self.ends(sidecar, "100ms")
+        self.assertNotIn("durations are too short", sidecar.log)
+        self.ends(sidecar, *["87ns"] * 10)
+        sidecar.wait_for("WARNING durations are too short duration_seconds=.* hint=.*defer")
+        self.ends(sidecar, *["87ns"] * 30)
+        self.assertEqual(sidecar.log.count("durations are too short"), 1)
+
+
 class TestCounting(Case):
     """POST /start-request, POST /end-request, GET /metrics and GET /requests."""
 
@@ -841,7 +907,7 @@ class TestDurations(Case):
     def test_a_raw_micro_sign_is_understood(self):
         sidecar = self.sidecar()
         sidecar.post("/start-request")
-        request = "POST /end-request?duration=150µs HTTP/1.1\r\nConnection: close\r\n\r\n"
+        request = "POST /end-request?duration=150µs HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         self.assertEqual(sidecar.answers(request.encode())[0][0], 200)
         self.assertAlmostEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 150e-6)
 
@@ -974,7 +1040,7 @@ class TestDrain(Case):
     def test_those_who_wait_at_sigterm_get_their_answer_before_the_exit(self):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request?id=a")
-        callers = [sidecar.raw(b"GET /drain HTTP/1.1\r\n\r\n") for _ in range(4)]
+        callers = [sidecar.raw(b"GET /drain HTTP/1.1\r\nHost: a\r\n\r\n") for _ in range(4)]
         sidecar.get("/health")          # Was accepted after them.
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("INFO signal")
@@ -987,7 +1053,7 @@ class TestDrain(Case):
     def test_idle_connections_do_not_delay_the_exit_nor_lose_the_last_answer(self):
         for _ in range(5):
             sidecar = self.sidecar()
-            idle = [sidecar.raw(b"GET /health HTTP/1.1\r\n\r\n") for _ in range(20)]
+            idle = [sidecar.raw(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n") for _ in range(20)]
             sidecar.post("/start-request")
             sidecar.signal(signal.SIGTERM)
             sidecar.wait_for("drain started")
@@ -1023,7 +1089,7 @@ class TestDrain(Case):
     def test_callers_of_a_drain_that_is_undone_are_told(self):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request")
-        with sidecar.raw(b"GET /drain HTTP/1.1\r\nConnection: close\r\n\r\n") as caller:
+        with sidecar.raw(b"GET /drain HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n") as caller:
             sidecar.wait_for("drain started")
             sidecar.post("/reset")
             answer = b"".join(iter(lambda: caller.recv(65536), b"")).decode()
@@ -1190,7 +1256,7 @@ class TestHolding(Case):
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 128 + signal.SIGTERM)
         sidecar.wait_for("drain completed active_requests=0 held_starts=[01] ")
-        self.assertNotIn("request given up", sidecar.log)
+        self.assertNotIn("WARNING request given up", sidecar.log)    # of one that was answered
 
     def test_run_lets_a_worker_go_on_that_ends_in_its_own_way(self):
         """It has a handler for SIGTERM, and first does what it has taken."""
@@ -1217,7 +1283,7 @@ class TestEndpoints(Case):
         sidecar = self.sidecar()
         for path in [path for path, (methods, star) in ENDPOINTS.items() if not star]:
             with_body, without = sidecar.answers(
-                ("GET %s HTTP/1.1\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
+                ("GET %s HTTP/1.1\r\nHost: a\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
             self.assertEqual((with_body[0], without[0]), (200, 200), path)
             self.assertTrue(with_body[2])
             self.assertEqual(without[2], "")
@@ -1294,18 +1360,18 @@ class TestHostileClients(Case):
         for head in (b"GET", b"GET /health", b"GET /health HTTP/2.0", b"GET /health HTTP/1.1 x",
                      b"GET  /health HTTP/1.1", b"GET health HTTP/1.1", b"G@T /health HTTP/1.1",
                      b"\x16\x03\x01\x02\x00\x01\x00", b"GET /\x00 HTTP/1.1",
-                     b"GET /health HTTP/1.1\r\nno colon", b"GET /health HTTP/1.1\r\n: empty",
-                     b"GET /health HTTP/1.1\r\nspace : x",
-                     b"GET /health HTTP/1.1\r\nA: x\r\n folded", b"GET /health HTTP/1.1\r\nA: \x00",
-                     b"GET /health HTTP/1.1\r\nA: a\rb"):
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nno colon", b"GET /health HTTP/1.1\r\nHost: a\r\n: empty",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nspace : x",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nA: x\r\n folded", b"GET /health HTTP/1.1\r\nHost: a\r\nA: \x00",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nA: a\rb"):
             self.assertEqual(self.statuses(head + b"\r\n\r\n"), [400], head)
 
     def test_over_long_heads_are_414_and_431(self):
-        self.assertEqual(self.statuses(b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n"), [414])
+        self.assertEqual(self.statuses(b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n"), [414])
         self.assertEqual(self.statuses(b"GET /" + b"x" * 100000), [414])
-        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nA: " + b"x" * 20000 + b"\r\n\r\n"),
+        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"x" * 20000 + b"\r\n\r\n"),
                          [431])
-        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\n" + b"A: x\r\n" * 20000 + b"\r\n"),
+        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: x\r\n" * 20000 + b"\r\n"),
                          [431])
         self.assertEqual(self.statuses(b"GET /health HTTP/1.0\r\nA: " + b"x" * 8000 + b"\r\n\r\n"),
                          [200])
@@ -1319,11 +1385,11 @@ class TestHostileClients(Case):
                      b"00A;x=y\r\n0123456789\r\n1\r\nx\r\n0\r\nTrailer: x\r\n\r\n"):
             for method, path in ((b"POST", b"/start-request"), (b"GET", b"/health"),
                                  (b"GET", b"/nowhere")):
-                statuses = self.statuses(method + b" " + path + b" HTTP/1.1\r\n" + body + last)
+                statuses = self.statuses(method + b" " + path + b" HTTP/1.1\r\nHost: a\r\n" + body + last)
                 self.assertEqual(statuses, [404 if path == b"/nowhere" else 200, 200], body[:60])
 
     def test_a_body_that_is_too_long_or_malformed_closes_the_connection(self):
-        after = b"GET /health HTTP/1.1\r\n\r\n"
+        after = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
         for fields, expected in ((b"Content-Length: 65537\r\n\r\n" + b"x" * 65537, 413),
                                  (b"Content-Length: 9999999999999999999999\r\n\r\n", 413),
                                  (b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 413),
@@ -1341,14 +1407,14 @@ class TestHostileClients(Case):
                                  (b"Transfer-Encoding: chunked\r\n\r\n10001\r\n" + b"x" * 65537,
                                   413), (b"Transfer-Encoding: chunked\r\n\r\n"
                                          + (b"8000\r\n" + b"x" * 32768 + b"\r\n") * 3, 413)):
-            self.assertEqual(self.statuses(b"POST /start-request HTTP/1.1\r\n" + fields + after),
+            self.assertEqual(self.statuses(b"POST /start-request HTTP/1.1\r\nHost: a\r\n" + fields + after),
                              [expected], fields[:60])
         self.assertEqual(self.target.active(), 0)
         # Sent whole, then read.
         self.assertEqual(self.target.call("POST", "/start-request", b"x" * (8 << 20))[0], 413)
 
     def test_expect_100_continue(self):
-        head = b"POST /start-request HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        head = b"POST /start-request HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
         with self.target.raw(head % 5) as connection:
             self.assertEqual(connection.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
             connection.sendall(b"hello")
@@ -1361,16 +1427,17 @@ class TestHostileClients(Case):
             self.assertEqual(connection.recv(65536), b"")
 
     def test_pipelined_requests_are_answered_in_order(self):
-        requests = (b"GET /health HTTP/1.1\r\n\r\n\r\n"
-                    b"GET /nowhere HTTP/1.1\n\n"
-                    b"POST /start-request HTTP/1.1\r\n\r\n"
-                    b"POST /health HTTP/1.1\r\nConnection: close\r\n\r\n"
-                    b"GET /health HTTP/1.1\r\n\r\n")
+        requests = (b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n\r\n"
+                    b"GET /nowhere HTTP/1.1\nHost: a\n\n"
+                    b"POST /start-request HTTP/1.1\r\nHost: a\r\n\r\n"
+                    b"POST /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+                    b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
         self.assertEqual(self.statuses(requests), [200, 404, 200, 405])
 
     def test_http_1_0_and_connection_close(self):
         for head, keeps in ((b"HTTP/1.0", False), (b"HTTP/1.0\r\nConnection: Keep-Alive", True),
-                            (b"HTTP/1.1", True), (b"HTTP/1.1\r\nConnection: Close", False)):
+                            (b"HTTP/1.1\r\nHost: a", True),
+                            (b"HTTP/1.1\r\nHost: a\r\nConnection: Close", False)):
             data = b"GET /health " + head + b"\r\n\r\n"
             self.assertEqual(self.statuses(data * 2 + b"GET /ready HTTP/1.0\r\n\r\n"),
                              [200] * (3 if keeps else 1), head)
@@ -1378,7 +1445,14 @@ class TestHostileClients(Case):
     def test_absolute_targets(self):
         self.assertEqual(self.statuses(
             b"GET http://sidecar:8081/health HTTP/1.0\r\nHost: sidecar\r\n\r\n"), [200])
-        self.assertEqual(self.statuses(b"OPTIONS * HTTP/1.0\r\n\r\n"), [404])
+        self.assertEqual(self.statuses(b"GET HTTP://sidecar:8081/health HTTP/1.0\r\n\r\n"), [200])
+        self.assertEqual(self.statuses(b"GET http://sidecar?x HTTP/1.0\r\n\r\n"), [200])
+        self.assertEqual(self.statuses(b"GET http:///health HTTP/1.0\r\n\r\n"), [400])
+
+    def test_options_of_the_server_as_a_whole(self):
+        (status, headers, _), = self.target.answers(b"OPTIONS * HTTP/1.0\r\n\r\n")
+        self.assertEqual((status, headers["allow"]), (200, "GET, POST, HEAD"))
+        self.assertEqual(self.statuses(b"GET * HTTP/1.0\r\n\r\n"), [400])
 
     def test_requests_in_single_bytes(self):
         with self.target.raw(b"") as connection:
@@ -1390,24 +1464,24 @@ class TestHostileClients(Case):
 
     def test_a_client_that_stops_in_the_middle_is_let_go(self):
         self.target = self.sidecar(constants={"REQUEST_SECONDS": 0.2})
-        for data in (b"GET /hea", b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe",
-                     b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\n"):
+        for data in (b"GET /hea", b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhe",
+                     b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n"):
             self.assertEqual(self.statuses(data), [408])
         self.assertEqual(self.target.active(), 0)
-        with self.target.raw(b"POST /start-request HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe"):
+        with self.target.raw(b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhe"):
             pass                                                    # one that is gone in the middle
         self.assertEqual(self.target.active(), 0)
 
     def test_an_idle_connection_is_closed(self):
         self.target = self.sidecar(constants={"IDLE_SECONDS": 0.2})
         self.assertEqual(self.statuses(b""), [])
-        self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\n\r\n"), [200])
-        two = b"GET /health HTTP/1.1\r\nContent-Length: 1\r\n\r\nxGET /ready HTTP/1.1\r\n\r\n"
+        self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"), [200])
+        two = b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nxGET /ready HTTP/1.1\r\nHost: a\r\n\r\n"
         self.assertEqual(self.statuses(two), [200] * 2)
 
     def test_a_client_that_does_not_read_its_answer(self):
         for _ in range(50):
-            self.target.raw(b"POST /start-request HTTP/1.1\r\n\r\n").close()
+            self.target.raw(b"POST /start-request HTTP/1.1\r\nHost: a\r\n\r\n").close()
         until(lambda: self.target.active() == 50)
 
     def test_more_than_512_connections(self):
@@ -1415,26 +1489,20 @@ class TestHostileClients(Case):
         self.addCleanup(lambda: [connection.close() for connection in held])
         for _ in range(512):
             held.append(self.target.raw(b""))
-        # accepted in their order: the next one is the first too many
-        with self.target.raw(b"") as refused:
-            answer = b"".join(iter(lambda: refused.recv(65536), b""))
-        self.assertTrue(answer.startswith(b"HTTP/1.1 503 "), answer)
-        self.assertEqual(json.loads(answer.partition(b"\r\n\r\n")[2].decode()),
-                         {"error": "too many connections"})
+        self.assertEqual(self.target.post("/start-request?id=a")[0], 200)    # the first one goes
+        self.assertEqual(held[0].recv(65536), b"")
         for _ in range(10):                        # and some that are gone before they are accepted
             gone = self.target.raw(b"")
             gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             gone.close()
-        held[0].sendall(b"POST /start-request HTTP/1.1\r\n\r\n")
-        self.assertTrue(held[0].recv(65536).startswith(b"HTTP/1.1 200 "))
-        while held:
-            held.pop().close()
-
-        def recovered():
-            with self.target.raw(b"GET /metrics HTTP/1.0\r\n\r\n") as connection:
-                return connection.recv(12) == b"HTTP/1.1 200"
-        until(recovered)
-        self.assertEqual(self.target.active(), 1)
+        held[-1].sendall(b"POST /end-request?id=a HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.assertTrue(held[-1].recv(65536).startswith(b"HTTP/1.1 200 "))
+        metrics = self.target.get("/metrics")[1]
+        self.assertGreaterEqual(metrics["evicted_connections"], 1)
+        self.assertEqual((metrics["refused_connections"], metrics["active_requests"]), (0, 0))
+        self.target.wait_for("WARNING many connections: each is closed after its answer client=")
+        self.target.wait_for("WARNING too many connections: the longest idle is closed")
+        self.assertEqual(self.target.log.count("WARNING"), 2)
 
     def test_a_burst_of_300_connects(self):
         burst = [socket.socket() for _ in range(300)]
@@ -1473,6 +1541,317 @@ def read_families(text):
             name = sample.group(1) + (sample.group(2) or "")
             families[current][2][name] = float(sample.group(3))
     return families
+
+
+class TestNeverFooled(Case):
+    """Input that other servers, and this one before, were fooled by."""
+
+    CHANGING = (("POST", "/start-request"), ("POST", "/end-request"), ("POST", "/reset"),
+                ("GET", "/drain"), ("POST", "/drain"))
+
+    def status(self, sidecar, head):
+        return sidecar.answers(head + b"\r\n\r\n")[0][0]
+
+    def test_a_request_has_one_host(self):
+        sidecar = self.sidecar()
+        start = b"GET /health HTTP/1.%s"
+        for version, fields, expected in (
+                (b"1", b"", 400), (b"1", b"\r\nHost: a\r\nHost: a", 400), (b"0", b"", 200),
+                (b"0", b"\r\nHost: a\r\nhost: b", 400), (b"1", b"\r\nHost: a b", 400),
+                (b"1", b"\r\nHost: a/b", 400), (b"1", b"\r\nHost: [::1", 400),
+                (b"1", b"\r\nHost: a:b", 400), (b"1", b"\r\nHost: my_sidecar:8081", 200),
+                (b"1", b"\r\nHost: [fe80::1%eth0]:8081", 200), (b"1", b"\r\nHost:", 200)):
+            head = start % version + fields + b"\r\nConnection: close"
+            self.assertEqual(self.status(sidecar, head), expected, head)
+
+    def test_a_name_that_dns_could_point_here_changes_nothing(self):
+        sidecar = self.sidecar()
+        for host in ("rebound.example", "rebound.example:8081", "REBOUND.example.", "127.0.0.1.nip.io"):
+            for method, path in self.CHANGING:
+                status, answer = sidecar.call(method, path, headers={"Host": host})
+                self.assertEqual(status, 403, (host, path))
+                self.assertIn("Host", answer["error"])
+            self.assertEqual(sidecar.call("GET", "/health", headers={"Host": host})[0], 200)
+        for host in ("sidecar", "sidecar:8081", "localhost", "LOCALHOST:1", "127.0.0.1", "10.1.2.3",
+                     "[::1]:8081", "[2001:db8::1]", ""):
+            status, _ = sidecar.call("POST", "/start-request", headers={"Host": host})
+            self.assertEqual(status, 200, host)
+        self.assertEqual(sidecar.active(), 9)
+        self.assertEqual(sidecar.get("/ready")[0], 200)
+        self.assertEqual(sidecar.sample("sidecar_calls_refused_total"), 4 * len(self.CHANGING))
+        # Once each: the second host has the name of the first one.
+        self.assertEqual(sidecar.log.count("WARNING call refused client=127.0.0.1"), 2)
+        sidecar.wait_for('call refused client=127.0.0.1 path=/start-request reason="Host rebound')
+
+    def test_the_name_that_it_listens_on_is_no_others(self):
+        parse = sidecar_module.parse_request
+        caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
+        for name, expected in (("worker.example", 200), ("other.example", 403)):
+            api = sidecar_module.Api(sidecar_module.RequestTracker(), [], own_name="worker.example")
+            request = parse(b"POST /reset HTTP/1.1", b"Host: %s\r\n\r\n" % name.encode(), caller)
+            try:
+                status = api.routes["POST", "/reset"](request).status
+            except sidecar_module.HTTPError as error:
+                status = error.answer.status
+            self.assertEqual(status, expected, name)
+
+    def test_ids_that_are_no_utf_8_are_refused(self):
+        sidecar = self.sidecar()
+        for name in (b"%FF", b"%FE", b"\xff", b"a\xc3", b"%C3%28", b"%ED%B3%BF", b"\xc2%B5"):
+            for path in (b"/start-request?id=", b"/end-request?duration=1s&id="):
+                head = b"POST " + path + name + b" HTTP/1.0"
+                self.assertEqual(self.status(sidecar, head), 400, head)
+        self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
+        self.assertEqual(self.status(sidecar, "POST /start-request?id=%C3%B6ö HTTP/1.0".encode()), 200)
+        self.assertEqual(sidecar.get("/requests")[1][0]["request_id"], "öö")
+        # A duration that is no UTF-8 is a bad one: told, and the request has ended all the same.
+        self.assertEqual(
+            self.status(sidecar, b"POST /end-request?id=%C3%B6%C3%B6&duration=1%B5s HTTP/1.0"), 400)
+        self.assertEqual(sidecar.active(), 0)
+
+    def test_what_is_no_http_is_told_at_once(self):
+        sidecar = self.sidecar(constants={"REQUEST_SECONDS": 2 * PATIENCE})
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200))
+        for data in (hello, b"\x80.\x01", b"\0\0\0\x08\x04\xd2\x16\x2f", b"SSH-2.0-OpenSSH_9.2\r\n",
+                     b"\r\n\r\n\0\r\nQUIT\n", b"*1\r\n", b"PROXY TCP4 127.0.0.1 127.0.0.1 1 2\r\n"):
+            status, headers, body = sidecar.answers(data)[0]
+            self.assertEqual((status, headers["connection"]), (400, "close"), data)
+            self.assertIn("TLS", json.loads(body)["error"])
+
+    def test_accept_is_read_as_rfc_9110_has_it(self):
+        sidecar = self.sidecar()
+        openmetrics = "application/openmetrics-text"
+        for accept, expected in (
+                (openmetrics, True), ("Application/OpenMetrics-Text; Version=1.0.0", True),
+                (openmetrics + ";q=0", False), (openmetrics + "; q=0.000, text/plain", False),
+                (openmetrics + ";q=0.4,text/plain;q=0.5", False), ("*/*," + openmetrics + ";q=0.1", False),
+                (openmetrics + ";Q=0.5,text/plain;q=0.4", True), ("text/*;q=0.3," + openmetrics, True),
+                (openmetrics + ";q=high", False), (openmetrics + ";q=2", False), ("*/*", False),
+                ("application/*", False), ("", False), (",;,", False),
+                (openmetrics + ";version=1.0.0;q=0.5," + openmetrics + ";version=0.0.1;q=0.4,"
+                 "text/plain;version=0.0.4;q=0.3,*/*;q=0.2", True)):
+            self.assertEqual(sidecar.prometheus(accept).endswith("# EOF\n"), expected, accept)
+        for accept, expected in (
+                ("text/html,application/xhtml+xml,*/*;q=0.8", True), ("TEXT/HTML", True), ("*/*", False),
+                ("text/html;q=0", False), ("text/html;q=0.1,text/plain", False)):
+            page = sidecar.call("GET", "/", headers={"Accept": accept})[1].startswith("<!doctype")
+            self.assertEqual(page, expected, accept)
+
+    def test_signs_that_deceive_do_not_reach_the_log(self):
+        for log_format in ("text", "json"):
+            sidecar = self.sidecar(LOG_LEVEL="DEBUG", LOG_FORMAT=log_format)
+            for sign in ("\u202e", "\x85", "\x9b2J", "\u2028", "\u200b", "\ufeff", "\U000e0001"):
+                sidecar.answers(("GET /a%sb?%s HTTP/1.0\r\n\r\n" % (sign, sign)).encode())
+            sidecar.answers(b"GET /a\xffb HTTP/1.0\r\n\r\n")
+            until(lambda lines=sidecar.lines: len(lines) == 9)
+            for line in sidecar.lines:
+                self.assertTrue(line.isprintable(), ascii(line))
+            self.assertIn("/a\\u202eb", sidecar.log)
+
+    def test_a_head_seen_before_is_the_same_request_and_no_other(self):
+        """What is looked up whole is told apart by every byte, wherever it is cut."""
+        sidecar = self.sidecar()
+        first = b"POST /start-request?id=a HTTP/1.1\r\nHost: x\r\n\r\n"
+        second = first.replace(b"id=a", b"id=b")
+        last = b"GET /requests HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        for data in (first, first * 2 + second, b"\r\n" + second, first + b"\r\n" + second + last[:9]):
+            with sidecar.raw(b"") as connection:
+                connection.sendall(data)
+                rest = last[9:] if data.endswith(last[:9]) else last
+                connection.sendall(rest)
+                answer = b"".join(iter(lambda: connection.recv(65536), b""))
+            self.assertEqual(answer.count(b"HTTP/1.1 200 OK"), data.count(b"POST") + 1)
+        self.assertEqual([found["request_id"] for found in sidecar.get("/requests")[1]], ["a", "b"])
+        caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
+        self.assertIs(sidecar_module.parse_request(b"GET / HTTP/1.0\r", b"\r\n", caller),
+                      sidecar_module.parse_request(b"GET / HTTP/1.0\r", b"\r\n", caller))
+
+    def test_what_is_remembered_of_heads_is_bounded(self):
+        sidecar_module.HEADERS.clear()
+        for number in range(3 * sidecar_module.MAX_SEEN):
+            sidecar_module.headers_of(b"A: %d\r\n\r\n" % number)
+            sidecar_module.headers_of(b"A: %d%s\r\n\r\n" % (number, b"x" * 1024))
+        self.assertLessEqual(len(sidecar_module.HEADERS), sidecar_module.MAX_SEEN)
+        longest = max(map(len, sidecar_module.HEADERS))
+        self.assertLessEqual(longest, sidecar_module.MAX_SEEN_BYTES)
+
+    def test_the_time_of_a_request_is_not_that_of_its_answer(self):
+        """A request that took its time to arrive, and a client that is slow to read."""
+        sidecar = self.sidecar(constants={"REQUEST_SECONDS": 2})
+        count = 20000                       # of them, so that no buffer holds the answer
+        sidecar.answers(b"".join(
+            b"POST /start-request?id=%d%s HTTP/1.1\r\nHost: a\r\n\r\n" % (number, b"x" * 100)
+            for number in range(count)) + b"GET / HTTP/1.0\r\n\r\n")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(PATIENCE)
+            connection.connect((sidecar.host, sidecar.port))
+            for piece, seconds in ((b"GET /requests", 1.4), (b" HTTP/1.0\r\n", 0.1), (b"\r\n", 1.5)):
+                connection.sendall(piece)
+                time.sleep(seconds)         # it is the time that passes that is tested
+            answer = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+        self.assertEqual(len(json.loads(answer.partition(b"\r\n\r\n")[2].decode())), count)
+
+
+class TestVariables(Case):
+    """The variables, as the server and the commands read them."""
+
+    def command(self, *argv, **env):
+        """Return (status, output, errors) of a command; the variables are the ones given alone."""
+        clean = {name: value for name, value in os.environ.items()
+                 if not name.startswith(("SIDECAR_", "METRICS_"))}
+        done = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py")] + list(argv),
+                              env=dict(clean, **{name: str(value) for name, value in env.items()}),
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=PATIENCE)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def test_a_port_is_ascii_digits(self):
+        for text in ("8_081", "+80", "-1", "٨٠٨١", "80 81", "8081.0", "0x50", "65536", "１", "8081x"):
+            for argv in ((), ("health",)):
+                status, _, errors = self.command(*argv, SIDECAR_PORT=text)
+                self.assertEqual((status, errors.count("\n")), (2, 1), (text, argv))
+                self.assertIn("SIDECAR_PORT=%r" % text, errors)
+            status, _, errors = self.command(SIDECAR_PORT=0, METRICS_PORT=text)
+            self.assertEqual(status, 2, text)
+            self.assertIn("METRICS_PORT=%r" % text, errors)
+
+    def test_white_space_around_a_value_does_not_count(self):
+        sidecar = self.sidecar(SIDECAR_HOST=" 127.0.0.1\n", SIDECAR_PORT=" 0 ", METRICS_PORT="\t0",
+                               GRACE_PERIOD_SECONDS=" 7s ", LOG_LEVEL=" debug\n", LOG_FORMAT=" Text ",
+                               TRUSTED_CLIENTS=" 10.0.0.0/8 ,\n192.0.2.1 ", QUIET_PERIOD_SECONDS=" ",
+                               HOLD_STARTS=" Never ")
+        self.assertEqual(sidecar.get("/metrics")[1]["grace_period_seconds"], 7)
+        self.assertEqual(self.command("health", SIDECAR_HOST=" 127.0.0.1 ",
+                                      SIDECAR_PORT=" %d\n" % sidecar.port)[0], 0)
+        self.assertEqual(self.command("health", SIDECAR_URL=" %s/ \n" % sidecar.url)[0], 0)
+
+    def test_the_commands_find_the_server_by_its_own_variables(self):
+        hosts = ["127.0.0.1", "localhost", "0.0.0.0", ""]
+        if sys.platform == "linux":
+            hosts.append("127.0.0.2")       # elsewhere only 127.0.0.1 is an address of this machine
+        if self.sidecar(SIDECAR_HOST="").host == "[::]":
+            hosts += ["::1", "::"]
+        for host in hosts:
+            sidecar = self.sidecar(SIDECAR_HOST=host)
+            found = {"SIDECAR_HOST": host, "SIDECAR_PORT": sidecar.port}
+            for command in ("health", "ready", "metrics", "requests"):
+                self.assertEqual(self.command(command, **found)[0], 0, (host, command))
+            status, output, errors = self.command("drain", **found)
+            self.assertEqual((status, errors), (0, ""), host)
+            self.assertEqual(json.loads(output), {"status": "drained", "active_requests": 0})
+
+    def test_a_command_needs_a_port_to_ask(self):
+        status, _, errors = self.command("health", SIDECAR_PORT=0)
+        self.assertEqual((status, errors.count("\n")), (2, 1))
+        self.assertIn("SIDECAR_PORT='0': expected the port of a sidecar", errors)
+        for url in ("http://127.0.0.1:0", "http://127.0.0.1:8_081", "http://127.0.0.1:+80", "http://:80",
+                    "http://[::1", "http://a b:80", "https://127.0.0.1:80", "127.0.0.1:80", "http://x?y"):
+            status, _, errors = self.command("health", SIDECAR_URL=url)
+            self.assertEqual((status, errors), (
+                2, "sidecar: SIDECAR_URL=%r: expected http://HOST:PORT\n" % url))
+
+    def test_drain_ends_by_itself_when_the_sidecar_hangs(self):
+        hanging = HangingServer()
+        self.addCleanup(hanging.close)
+        status, output, errors = self.command("drain", SIDECAR_URL=hanging.url)
+        self.assertEqual((status, output, errors.count("\n")), (1, "", 1))
+        self.assertIn("no answer from " + hanging.url, errors)
+
+    def test_drain_ends_by_itself_when_the_sidecar_hangs_in_the_drain(self):
+        """It hangs once it has told its grace period, 1 s: that is over, and 5 s more."""
+        sidecar = self.sidecar(GRACE_PERIOD_SECONDS=1)
+        sidecar.post("/start-request")
+        drain = self.program(sys.executable, os.path.join(HERE, "sidecar.py"), "drain",
+                             env={"SIDECAR_URL": sidecar.url})
+        sidecar.wait_for("drain started")
+        sidecar.signal(signal.SIGSTOP)
+        self.assertEqual(drain.wait(), 1)
+        self.assertIn("no answer from " + sidecar.url, drain.log)
+
+    def test_an_answer_that_cannot_be_printed_is_no_traceback(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("this system has no /dev/full")
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py"), "health"],
+                                  env=dict(os.environ, SIDECAR_URL=self.sidecar().url),
+                                  stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stderr), (1, b""))
+
+    def test_without_docstrings(self):
+        help_text = self.program(sys.executable, "-OO", os.path.join(HERE, "sidecar.py"), "--help")
+        self.assertEqual(help_text.wait(), 0)
+        for text in (help_text.log, self.sidecar(PYTHONOPTIMIZE=2).get("/")[1]):
+            self.assertIn("/start-request", text)
+            self.assertIn("GRACE_PERIOD_SECONDS", text)
+
+
+class TestLogPipe(Case):
+    """The log, where its pipe is not as one would wish."""
+
+    def logging_to(self, writer, **env):
+        """Return a sidecar whose stderr is the given end of a pipe; its port is picked before."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = dict({"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": port, "METRICS_PORT": 0,
+                         "LOG_LEVEL": "DEBUG"}, **env)
+        program = self._ends_with_test(Program(
+            sys.executable, os.path.join(HERE, "sidecar.py"), env=settings,
+            stdout=subprocess.DEVNULL, stderr=writer))
+        sidecar = SidecarProcess.__new__(SidecarProcess)
+        vars(sidecar).update(vars(program), host="127.0.0.1", port=port)
+
+        def answers():
+            try:
+                return sidecar.get("/health")[0] == 200
+            except OSError:
+                return False
+        until(answers, "an answer")
+        return sidecar
+
+    def test_one_that_a_worker_made_non_blocking_loses_no_line(self):
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)      # as Node.js does with the pipe that it shares with us
+        sidecar = self.logging_to(writer)
+        os.close(writer)
+        count = 60                          # 8 kB each: several times what the pipe holds
+        for number in range(count):
+            sidecar.get("/%s-%d-" % ("x" * 8000, number))
+        sidecar.signal(signal.SIGTERM)
+        with open(reader, "rb") as log:
+            lines = log.read().decode().splitlines()
+        self.assertEqual(sidecar.process.wait(PATIENCE), 0)
+        found = [int(re.search(r"x-(\d+)-", line).group(1)) for line in lines if "path=/x" in line]
+        self.assertEqual(sorted(found), list(range(count)))
+        self.assertIn("INFO exit status=0", lines[-1])
+        for line in lines:
+            self.assertRegex(line, "^[-0-9]{10}T[:0-9]{8}Z (INFO|DEBUG) ")
+
+    def test_what_waits_for_one_that_nobody_reads_is_bounded_in_bytes(self):
+        reader, writer = os.pipe()
+        sidecar = self.logging_to(writer)
+        os.close(writer)
+        count = 1000
+        sidecar.answers(b"".join(b"GET /%s-%d- HTTP/1.1\r\nHost: a\r\n\r\n" % (b"x" * 8000, number)
+                                 for number in range(count)) + b"GET /health HTTP/1.0\r\n\r\n")
+        lines = []                          # nobody has read any by now
+
+        def read():
+            with open(reader) as log:
+                for line in log:
+                    lines.append(line)
+        reading = threading.Thread(target=read, daemon=True)
+        reading.start()
+        until(lambda: sidecar.get("/ready") and any("lines dropped" in line for line in lines))
+        kept = sum("path=/x" in line for line in lines)
+        dropped = re.search(r"log lines dropped lines=(\d+)", "".join(lines)).group(1)
+        self.assertLess(kept * 8000, sidecar_module.MAX_QUEUED_BYTES + (1 << 18))
+        self.assertGreaterEqual(kept + int(dropped), count)
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.process.wait(PATIENCE), 0)
+        reading.join(PATIENCE)
+
 
 
 class TestPrometheus(Case):
@@ -1892,7 +2271,7 @@ class TestSidecarClient(Case):
     def client(self, url, **constants):
         import echo_bot
         client = echo_bot.Sidecar(url)
-        vars(client).update(constants)
+        vars(client).update(dict({"TIMEOUT_SECONDS": PATIENCE}, **constants))
         self.addCleanup(lambda: client._threads_own.connection
                         and client._threads_own.connection.close())
         return client
@@ -2420,7 +2799,7 @@ class TestPage(Case):
     def front(self, accept):
         """Return (headers, body) of the answer to GET /."""
         answers = self.sidecar().answers(
-            b"GET / HTTP/1.1\r\nAccept: %s\r\nConnection: close\r\n\r\n" % accept)
+            b"GET / HTTP/1.1\r\nHost: a\r\nAccept: %s\r\nConnection: close\r\n\r\n" % accept)
         status, headers, body = answers[0]
         self.assertEqual((status, len(answers)), (200, 1))
         return headers, body
@@ -2444,12 +2823,12 @@ class TestPage(Case):
         self.assertEqual(policy, dict.fromkeys(
             ("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'"))
 
-    def test_curl_gets_the_list_of_endpoints(self):
+    def test_curl_gets_the_text_of_help(self):
         headers, body = self.front(b"*/*")
         self.assertEqual(headers["content-type"], "text/plain; charset=utf-8")
         for path in ENDPOINTS:
             self.assertIn(" %s " % path, body)
-        self.assertNotIn("Variables", body)
+        self.assertEqual(body, sidecar_module.__doc__)
 
 
 class TestScrapes(Case):
@@ -2464,52 +2843,58 @@ class TestScrapes(Case):
         sidecar = self.sidecar(PYTHONPATH=folder)
         over = threading.Event()
 
-        def work(number):
-            """Start and end requests, many in one piece.
-
-            Each says that it took a quarter of a second, so that sums are exact.
-            """
-            paths = ("/start-request", "/start-request?id=%d" % number,
-                     "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
-            batch = "".join("POST %s HTTP/1.1\r\n\r\n" % path for path in paths).encode() * 25
-            with sidecar.raw(b"") as connection, connection.makefile("rb") as answers:
-                while not over.is_set():
-                    connection.sendall(batch)
-                    for _ in range(100):
-                        next(line for line in answers if line.startswith(b"HTTP/1.1 200"))
-
-        def scrape():
-            connection = http.client.HTTPConnection(sidecar.host, sidecar.metrics_port,
-                                                    timeout=PATIENCE)
-            self.addCleanup(connection.close)
-            before, seen = {}, set()
-            for turn in range(1500):
-                connection.request("GET", "/metrics",
-                                   headers={"Accept": OPENMETRICS if turn % 2 else ""})
-                values = samples(connection.getresponse().read().decode())
-                ended = values["sidecar_request_duration_seconds_count"]
-                self.assertEqual(values["sidecar_requests_total"],
-                                 values["sidecar_active_requests"] + ended)
-                self.assertEqual(values["sidecar_request_duration_seconds_sum"], ended / 4)
-                for name, value in values.items():
-                    if name.startswith("sidecar_request_duration_seconds_bucket"):
-                        bound = float(re.search('le="(.*)"', name).group(1))
-                        self.assertEqual(value, ended if bound >= 0.25 else 0, name)
-                    if re.search("_(total|count|sum|bucket)", name):
-                        self.assertGreaterEqual(value, before.get(name, 0), name)
-                before = values
-                seen.add((values["sidecar_active_requests"], ended))
-            return seen
-
         def play(number):
             try:
-                return work(number) if number else scrape()
+                return self.work(sidecar, number, over) if number else self.scrape(sidecar)
             finally:
                 over.set()
 
         seen = in_threads(4, play)[0]
         self.assertGreater(len({active for active, _ in seen}), 2)   # Or nothing went on meanwhile.
         self.assertGreater(len(seen), 30)
+
+    def work(self, sidecar, number, over):
+        """Start and end requests, many in one piece.
+
+        Each says that it took a quarter of a second, so that sums are exact.
+        """
+        paths = ("/start-request", "/start-request?id=%d" % number,
+                 "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
+        batch = "".join("POST %s HTTP/1.1\r\nHost: a\r\n\r\n" % path for path in paths).encode() * 25
+        with sidecar.raw(b"") as connection, connection.makefile("rb") as answers:
+            while not over.is_set():
+                connection.sendall(batch)
+                for _ in range(100):
+                    next(line for line in answers if line.startswith(b"HTTP/1.1 200"))
+
+    def scrape(self, sidecar):
+        """Scrape again and again; return all pairs of (active requests, ended ones) that it saw."""
+        connection = http.client.HTTPConnection(sidecar.host, sidecar.metrics_port,
+                                                timeout=PATIENCE)
+        self.addCleanup(connection.close)
+        before, seen = {}, set()
+        for turn in range(1500):
+            connection.request("GET", "/metrics",
+                               headers={"Accept": OPENMETRICS if turn % 2 else ""})
+            values = samples(connection.getresponse().read().decode())
+            self.check(values, before)
+            before = values
+            seen.add((values["sidecar_active_requests"],
+                      values["sidecar_request_duration_seconds_count"]))
+        return seen
+
+    def check(self, values, before):
+        """Check that the values of a scrape are of one moment, which came after another one."""
+        ended = values["sidecar_request_duration_seconds_count"]
+        self.assertEqual(values["sidecar_requests_total"],
+                         values["sidecar_active_requests"] + ended)
+        self.assertEqual(values["sidecar_request_duration_seconds_sum"], ended / 4)
+        for name, value in values.items():
+            if name.startswith("sidecar_request_duration_seconds_bucket"):
+                bound = float(re.search('le="(.*)"', name).group(1))
+                self.assertEqual(value, ended if bound >= 0.25 else 0, name)
+            if re.search("_(total|count|sum|bucket)", name):
+                self.assertGreaterEqual(value, before.get(name, 0), name)
 
     def test_what_was_given_up_adds_up_too(self):
         sidecar = self.sidecar()
@@ -2739,41 +3124,58 @@ class TestRun(Case):
 
     def test_at_a_terminal_the_worker_gets_each_key_once(self):
         """Ctrl-C, and what else a terminal sends to all of its foreground processes."""
+        shown, status = self.at_a_terminal(
+            (lambda terminal: None, b"listening"), (lambda terminal: None, b"worker is up"),
+            (lambda terminal: os.write(terminal, b"\x03"), b"got SIGINT"),         # Ctrl-C
+            (lambda terminal: os.write(terminal, b"\x1c"), b"got SIGQUIT"),        # Ctrl-\\
+            (lambda terminal: fcntl.ioctl(terminal, 0x5414,                        # TIOCSWINSZ
+                                          struct.pack("HHHH", 7, 7, 7, 7)), b"got SIGWINCH"))
+        self.assertEqual(status, 3, shown)
+        self.assertEqual([shown.count(b"got " + name)
+                          for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
+        self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
+                         [1, 1], shown)
+
+    def at_a_terminal(self, *steps):
+        """Run WORKER at a terminal of its own; return what that shows, and the exit status.
+
+        Each step is what to do with the terminal, and what it shows then. SIGTERM comes after them.
+        """
         pid, terminal = pty.fork()
         if pid == 0:
             os.environ.update(SIDECAR_PORT="0", METRICS_PORT="0", GRACE_PERIOD_SECONDS="1h")
             os.execv(sys.executable, [sys.executable, os.path.join(HERE, "sidecar.py"), "run", "--",
                                       sys.executable, "-c", WORKER])
         shown = b""
-
-        def read():
-            self.assertTrue(select.select([terminal], [], [], PATIENCE)[0], shown)
-            return os.read(terminal, 4096)
-
         try:
-            for press, expected in ((lambda: None, b"listening"), (lambda: None, b"worker is up"),
-                                    (lambda: os.write(terminal, b"\x03"), b"got SIGINT"),
-                                    (lambda: os.write(terminal, b"\x1c"), b"got SIGQUIT"),
-                                    (lambda: fcntl.ioctl(terminal, 0x5414, struct.pack(
-                                        "HHHH", 7, 7, 7, 7)), b"got SIGWINCH")):
-                press()                  # Ctrl-C, Ctrl-\\, another size of the window (TIOCSWINSZ).
+            for press, expected in steps:
+                press(terminal)
                 while expected not in shown:
-                    shown += read()
+                    self.assertTrue(select.select([terminal], [], [], PATIENCE)[0], shown)
+                    shown += os.read(terminal, 4096)
+            # It may read from the terminal, so it is in the foreground with us.
+            self.assertEqual(os.getpgid(child_of(pid)), pid)
             os.kill(pid, signal.SIGTERM)             # No terminal's, so it drains and passes it on.
-            while True:
-                try:
-                    shown += read()
-                except OSError:                 # The terminal's way to say that all have closed it.
-                    break
+            while select.select([terminal], [], [], PATIENCE)[0]:
+                shown += os.read(terminal, 4096)
+        except OSError:                         # The terminal's way to say that all have closed it.
+            pass
         finally:
             os.close(terminal)
             os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
-        self.assertEqual(os.WEXITSTATUS(status), 3, shown)
-        self.assertEqual([shown.count(b"got " + name)
-                          for name in (b"SIGINT", b"SIGQUIT", b"SIGWINCH", b"SIGTERM")], [1] * 4)
-        self.assertEqual([shown.count(b"signal passed on"), shown.count(b"drain completed")],
-                         [1, 1], shown)
+        return shown, os.WEXITSTATUS(status)
+
+    def test_a_worker_that_dies_in_a_drain_is_told_once_and_gets_no_signal(self):
+        sidecar = self.worker(GRACE_PERIOD_SECONDS="1h")
+        sidecar.post("/start-request?id=a")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        os.kill(child_of(sidecar.process.pid), signal.SIGKILL)
+        self.assertEqual(sidecar.wait(), 128 + signal.SIGKILL)
+        self.assertEqual(sidecar.log.count("worker ended status=137"), 1)
+        self.assertEqual(sidecar.log.count("request given up request_id=a"), 1)
+        self.assertNotIn("passed on", sidecar.log)
 
     def test_its_process_group(self):
         """One of its own, so that what is sent to ours does not reach it before the drain."""

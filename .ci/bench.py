@@ -205,37 +205,43 @@ def tenths(value):
 
 # ---- The parts: each returns rows, [(label, {column: text}), ...] --------------------------------
 
+SETTINGS = [("keep-alive, 1 connection", 1, False), ("keep-alive, 16 connections", 16, False),
+            ("keep-alive, 64 connections", 64, False),
+            ("a connection for each call, 1 at a time", 1, True),
+            ("a connection for each call, 16 at a time", 16, True)]
+
+
 def pairs(columns, size):
     """Pairs a second, what a worker waits for one, and what it costs in CPU time."""
-    settings = [("keep-alive, 1 connection", 1, False), ("keep-alive, 16 connections", 16, False),
-                ("keep-alive, 64 connections", 64, False),
-                ("a connection for each call, 1 at a time", 1, True),
-                ("a connection for each call, 16 at a time", 16, True)]
     rows = []
     with ExitStack() as stack:
         servers = serve(stack, columns)
         for server in servers.values():
             load(server.port, 16, 1)                            # It warms up.
-        for label, connections, close in settings:
+        for label, connections, close in SETTINGS:
             results = {column: [] for column in columns}
             for _ in range(size.rounds):
                 for column, server in servers.items():
                     before = cpu_seconds(server.pid)
                     result = load(server.port, connections, size.seconds, close=close)
-                    result["cpu_us"] = (cpu_seconds(server.pid) - before) * 1e6 / (
-                        result["requests"] / 2)
+                    used_us = (cpu_seconds(server.pid) - before) * 1e6
+                    result["cpu_us"] = used_us / (result["requests"] / 2)
                     results[column].append(result)
-            result = {column: medians(results[column]) for column in columns}
-            rows += [("Pairs a second: " + label,
-                      {c: whole(r["turns_a_second"]) for c, r in result.items()}),
-                     ("- a pair as the worker sees it, p50 / p99, µs", {c: "%s / %s" % (
-                         whole(r["p50_us"]), whole(r["p99_us"])) for c, r in result.items()}),
-                     ("- CPU time of a pair, µs",
-                      {c: whole(r["cpu_us"]) for c, r in result.items()})]
-            failed = {c: sum(r["failed"] for r in results[c]) for c in columns}
-            if any(failed.values()):
-                rows.append(
-                    ("- calls that failed", {c: whole(count) for c, count in failed.items()}))
+            rows += rows_of_pairs(label, results)
+    return rows
+
+
+def rows_of_pairs(label, results):
+    """Return the rows for {column: [what each round measured]}."""
+    result = {column: medians(rounds) for column, rounds in results.items()}
+    rows = [("Pairs a second: " + label,
+             {c: whole(r["turns_a_second"]) for c, r in result.items()}),
+            ("- a pair as the worker sees it, p50 / p99, µs",
+             {c: "%s / %s" % (whole(r["p50_us"]), whole(r["p99_us"])) for c, r in result.items()}),
+            ("- CPU time of a pair, µs", {c: whole(r["cpu_us"]) for c, r in result.items()})]
+    failed = {c: sum(r["failed"] for r in rounds) for c, rounds in results.items()}
+    if any(failed.values()):
+        rows.append(("- calls that failed", {c: whole(count) for c, count in failed.items()}))
     return rows
 
 
@@ -490,15 +496,7 @@ PARTS = {"pairs": pairs, "track": track, "cold-start": cold_start, "memory": mem
 
 # ---- Soak ----------------------------------------------------------------------------------------
 
-def soak(seconds):
-    """Load the sidecar in every way for so long; return 1 if something grows, else 0.
-
-    What may not grow are its memory, threads and descriptors.
-
-    A sample is taken after each round of load, when its connections are closed and what it left
-    active is ended. The first quarter is for threads and allocators to take what they keep; the
-    last is held against the second.
-    """
+def take_samples(seconds):
     samples, over_at = [], time.monotonic() + seconds
     step = max(min(seconds // 40, 10), 1)
     print("      pairs  RSS, MiB  threads  descriptors")
@@ -514,6 +512,17 @@ def soak(seconds):
             samples.append((rss_mib(server.pid), threads(server.pid), descriptors(server.pid)))
             print("%11s %9.1f %8d %12d" % ((whole(server.metric("total_requests")),) + samples[-1]),
                   flush=True)
+    return samples
+
+
+def soak(seconds):
+    """Load the sidecar in every way for so long; return 1 if something grows, else 0.
+
+    What may not grow are its memory, threads and descriptors. A sample is taken after each round of
+    load, when its connections are closed and what it left active is ended. The first quarter is for
+    threads and allocators to take what they keep; the last is held against the second.
+    """
+    samples = take_samples(seconds)
     quarter = max(len(samples) // 4, 1)
     second, last = ([max(values) for values in zip(*part)]
                     for part in (samples[quarter:2 * quarter], samples[-quarter:]))
@@ -571,7 +580,7 @@ def print_table(columns, rows):
         print("| %s |" % " | ".join(line))
 
 
-def main():
+def read_arguments():
     parser = argparse.ArgumentParser(
         description="Measure the sidecar and its peers; print a table in Markdown.")
     parser.add_argument("parts", nargs="*", metavar="PART",
@@ -586,11 +595,17 @@ def main():
         parser.error("unknown part: %s" % ", ".join(sorted(unknown)))
     if not shutil.which("wrk"):
         parser.error("wrk is not installed")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the servers end, too
+    return arguments
+
+
+def main():
+    arguments = read_arguments()
+    # So that the servers end, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     if "soak" in arguments.parts:
         return soak(arguments.seconds)
-    wanted = arguments.only.split(",") if arguments.only else [name
-                                                               for name, _ in COMMANDS.values()]
+    names = [name for name, _ in COMMANDS.values()]
+    wanted = arguments.only.split(",") if arguments.only else names
     columns = [column for column, (name, argv) in COMMANDS.items() if name in wanted
                and os.path.exists(argv[0])]
     missing = [column for column, (name, argv) in COMMANDS.items() if name in wanted

@@ -276,15 +276,24 @@ class Pod:
         self.containers[name] = Container(self.case, self._launcher(name), command, env)
         self.case.addCleanup(self.containers[name].kill)
         self._note("%s started" % name)
+        hook = self._hook(container, "postStart")       # only after it, the next container starts
+        if hook:
+            self.case.assertTrue(hook.ends(PATIENCE), "the kubelet would wait for ever")
+            self.case.assertEqual(hook.status, 0, hook.program.log)     # or it would start anew
+
+    def _hook(self, container, which):
+        """Start a hook inside of its container; return it as a Container, or None."""
+        if which not in container.get("lifecycle", {}):
+            return None
+        launcher = ["nsenter", "--target", self.containers[container["name"]].pid,
+                    "--net", "--pid", "--mount"]
+        command = self._command(container["lifecycle"][which]["exec"]["command"])
+        return Container(self.case, launcher, command, environment(container, self.objects))
 
     def _stop(self, container, over_at, others=()):
         """Stop a container after others, which threads stop; its time is over at `over_at`."""
-        name, hook = container["name"], container.get("lifecycle", {}).get("preStop")
+        name, hook = container["name"], self._hook(container, "preStop")
         if hook:
-            launcher = ["nsenter", "--target", self.containers[name].pid, "--net", "--pid",
-                        "--mount"]
-            hook = Container(self.case, launcher, self._command(hook["exec"]["command"]),
-                             environment(container, self.objects))
             if not hook.ends(over_at - time.monotonic()):
                 hook.kill()
             self._note("%s's preStop hook ended" % name)

@@ -224,7 +224,7 @@ class TestBrowser(Case):
 
     def test_the_ten_oldest_of_many(self):
         sidecar = self.open()
-        sidecar.answers(b"POST /start-request HTTP/1.1\r\n\r\n" * 1233
+        sidecar.answers(b"POST /start-request HTTP/1.1\r\nHost: a\r\n\r\n" * 1233
                         + b"POST /start-request HTTP/1.0\r\n\r\n")
         self.wait_for("#active", r"^1.?234$")
         oldest = [request["request_id"] for request in sidecar.get("/requests")[1][:10]]

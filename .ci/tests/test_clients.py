@@ -6,14 +6,7 @@ import unittest
 from support import Case, Clients, needs, readme_blocks, version_of
 
 
-@needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
-class TestGoClient(Clients, Case):
-    @classmethod
-    def build(cls):
-        client, loop = readme_blocks("go")
-        cls.write("go.mod", "module worker\n\ngo 1.19\n")
-        cls.write("sidecar.go", client)
-        cls.write("main.go", """package main
+GO_WORKER = """package main
 
 import (
 	"bufio"
@@ -68,12 +61,21 @@ func handle(message string) error {
 
 func main() {
 	go read()
-""" + loop + "}\n")
+"""
+
+
+@needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
+class TestGoClient(Clients, Case):
+    @classmethod
+    def build(cls):
+        client, loop = readme_blocks("go")
+        cls.write("go.mod", "module worker\n\ngo 1.19\n")
+        cls.write("sidecar.go", client)
+        cls.write("main.go", GO_WORKER + loop + "}\n")
         for command in (["go", "vet", "."], ["go", "build", "-o", "worker", "."]):
-            done = subprocess.run(command, cwd=cls.folder, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT,
-                                  env=dict(os.environ, GOFLAGS="-mod=mod", GOTOOLCHAIN="local",
-                                           GOWORK="off"))
+            env = dict(os.environ, GOFLAGS="-mod=mod", GOTOOLCHAIN="local", GOWORK="off")
+            done = subprocess.run(command, cwd=cls.folder, env=env, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT)
             if done.returncode:
                 raise AssertionError("%s: %s" % (command, done.stdout.decode()))
         return os.path.join(cls.folder, "worker"),

@@ -3,7 +3,6 @@ import http.client
 import io
 import itertools
 import json
-import logging
 import random
 import socket
 import sys
@@ -54,17 +53,11 @@ class TestLoad(Case):
                 for first in range(0, pairs, 50):
                     requests = []
                     for turn in range(first, min(first + 50, pairs)):
-                        for path in ("start", "end"):
-                            request = b"POST /%s-request?id=%d-%d HTTP/1.1\r\n\r\n" % (
-                                path.encode(), number, turn)
-                            requests += [request] * choice.choice((1, 1, 1, 2, 3))
-                    connection.sendall(b"".join(requests))
-                    received = b""
-                    while received.count(b"HTTP/1.1 ") < len(requests):
-                        piece = connection.recv(1 << 18)
-                        self.assertTrue(piece, received[-300:])
-                        received += piece
-                    self.assertEqual(received.count(b"HTTP/1.1 200 OK\r\n"), len(requests))
+                        for call in (b"start", b"end"):
+                            request = b"POST /%s-request?id=%d-%d HTTP/1.1\r\nHost: a\r\n\r\n"
+                            requests += [request % (call, number, turn)] * choice.choice(
+                                (1, 1, 1, 2, 3))
+                    self.all_is_well(connection, requests)
 
         in_threads(self.CLIENTS, client)
         self.assertEqual(sidecar.active(), 0)
@@ -73,22 +66,27 @@ class TestLoad(Case):
                          pairs * self.CLIENTS)
         self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
 
+    def all_is_well(self, connection, requests):
+        """Send all of the requests at once; check that the answer to each is 200."""
+        connection.sendall(b"".join(requests))
+        received = b""
+        while received.count(b"HTTP/1.1 ") < len(requests):
+            piece = connection.recv(1 << 18)
+            self.assertTrue(piece, received[-300:])
+            received += piece
+        self.assertEqual(received.count(b"HTTP/1.1 200 OK\r\n"), len(requests))
+
     def test_threads_on_the_tracker(self):
         """The same without HTTP, so that the threads meet in the tracker far more often.
 
         A third of the requests has no id.
         """
-        silent = logging.NullHandler()
-        sidecar_module.log.addHandler(silent)
-        self.addCleanup(sidecar_module.log.removeHandler, silent)
-        remembered = sidecar_module.REMEMBERED
-        self.addCleanup(setattr, sidecar_module, "REMEMBERED", remembered)
+        self.addCleanup(setattr, sidecar_module, "REMEMBERED", sidecar_module.REMEMBERED)
         sidecar_module.REMEMBERED = self.PAIRS
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-5)
         tracker = sidecar_module.RequestTracker()
         pairs = int(self.PAIRS * SCALE) // self.CLIENTS
-        interval = sys.getswitchinterval()
-        self.addCleanup(sys.setswitchinterval, interval)
-        sys.setswitchinterval(1e-5)
 
         def client(number):
             choice = random.Random(number)
@@ -119,19 +117,19 @@ class TestFuzz(Case):
         b"POST /start-request?id=%(id)s HTTP/1.1\r\nHost: localhost:8081\r\nUser-Agent: "
         b"fuzz\r\n\r\n",
         b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
-        b"POST /start-request?id=%(id)s&x=1 HTTP/1.1\r\nTransfer-Encoding: "
+        b"POST /start-request?id=%(id)s&x=1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: "
         b"chunked\r\n\r\n5;a=b\r\nhello\r\n1\r\n!\r\n0\r\nT: x\r\n\r\n",
-        b"POST /end-request?duration=1m2.5s HTTP/1.1\r\nAccept: */*\r\nConnection: "
+        b"POST /end-request?duration=1m2.5s HTTP/1.1\r\nHost: a\r\nAccept: */*\r\nConnection: "
         b"keep-alive\r\n\r\n",
         b"POST /end-request?id=%(id)s&duration=150%%C2%%B5s HTTP/1.0\r\nContent-Type: "
         b"application/json\r\nContent-Length: 2\r\n\r\n{}",
-        b"POST /end-request?id=%(id)s&duration=5.1e-05s HTTP/1.1\r\nExpect: "
+        b"POST /end-request?id=%(id)s&duration=5.1e-05s HTTP/1.1\r\nHost: a\r\nExpect: "
         b"100-continue\r\nContent-Length: 2\r\n\r\n{}",
-        b"GET /metrics HTTP/1.1\r\nAccept: "
+        b"GET /metrics HTTP/1.1\r\nHost: a\r\nAccept: "
         b"application/openmetrics-text;version=1.0.0\r\nAccept-Encoding: gzip\r\n\r\n",
-        b"GET /requests HTTP/1.1\r\n\r\n",
-        b"GET http://localhost:8081/ready?x=%%00 HTTP/1.1\r\nOrigin: http://[::1]:8081\r\n\r\n",
-        b"POST /reset HTTP/1.1\r\n\r\n",
+        b"GET /requests HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET http://localhost:8081/ready?x=%%00 HTTP/1.1\r\nHost: a\r\nOrigin: http://[::1]:8081\r\n\r\n",
+        b"POST /reset HTTP/1.1\r\nHost: a\r\n\r\n",
     ]
     TOKENS = [b"\r\n", b"\n", b"\r", b"\x00", b" ", b":", b"%", b"%ff", b"?", b"&", b"=", b";",
               b"#", b"\xff\xfe", b"\xc2\xb5", b"-1", b"0", b"99999999999999999999", b"0x10",

@@ -437,6 +437,11 @@ class TestAlerts(Case):
         self.check("SidecarUnmatchedEnds", {"sidecar_unmatched_ends_total{}": "0x10 0+1x10 10x250"},
                    quiet=[50, 1300], firing=[100, 300])
 
+    def test_refused_calls_and_connections(self):
+        for name in "calls", "connections":
+            self.check("SidecarRefuses", {"sidecar_%s_refused_total{}" % name: "0x10 1x250"},
+                       quiet=[50, 700], firing=[60, 300])
+
     def test_absent_sidecar(self):
         running = 'kube_pod_status_phase{phase="Running", instance="10.0.0.1:8080"}'
         up = 'up{instance="10.0.0.2:9091"}'

@@ -281,7 +281,9 @@ class TestModel(unittest.TestCase):
 
     def call(self, path, query=""):
         """Return (status, JSON) of a POST."""
-        request = sidecar_module.Request("POST", path, query, {}, True, "127.0.0.1")
+        line = ("POST %s?%s HTTP/1.0" % (path, query)).encode()
+        caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
+        request = sidecar_module.parse_request(line, b"\r\n", caller)
         try:
             answer = self.routes["POST", path](request)
         except sidecar_module.HTTPError as error:

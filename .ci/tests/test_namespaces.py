@@ -105,6 +105,7 @@ class TestOtherHost(Case):
     def test_others_may_look_but_not_change_anything(self):
         inside = self.program("unshare", "--net", "sh", "-c",
                               "ip link set lo up && ip address add 192.0.2.10 dev lo && "
+                              "ip address add 192.0.2.11 dev lo && "
                               "exec \"$@\"", "sh", sys.executable, "-c",
                               "import test_namespaces; test_namespaces.call_as_another()",
                               cwd=os.path.dirname(os.path.abspath(__file__)))
@@ -113,18 +114,24 @@ class TestOtherHost(Case):
 
 
 def call_as_another():
-    """In a network namespace where 192.0.2.10 is an address of this host, call a sidecar."""
-    for clients, trusted in (("", False), ("192.0.2.10/32", True),
-                             ("198.51.100.0/24, 192.0.2.10", True), ("198.51.100.1", False)):
+    """In a network namespace where this host has two addresses, call a sidecar at the first one.
+
+    Who calls from that same address is on the same machine.
+    """
+    for caller, clients, trusted in (
+            ("192.0.2.11", "", False), ("192.0.2.11", "192.0.2.11/32", True),
+            ("192.0.2.11", "198.51.100.0/24, 192.0.2.11", True),
+            ("192.0.2.11", "198.51.100.1", False), ("192.0.2.10", "", True)):
         sidecar = SidecarProcess(SIDECAR_HOST=None, TRUSTED_CLIENTS=clients)
-        sidecar.host = "192.0.2.10"
+        sidecar.host, sidecar.source = "192.0.2.10", (caller, 0)
         try:
             for path, (_, star) in ENDPOINTS.items():
                 status, answer = sidecar.call("POST" if star else "GET", path)
                 refused = star and not trusted
-                assert (status == 403) == refused, (clients, path, status, answer)
+                assert (status == 403) == refused, (caller, clients, path, status, answer)
                 assert not refused or "TRUSTED_CLIENTS" in answer["error"], answer
             assert "sidecar_info" in sidecar.prometheus()
+            assert sidecar.log.count("call refused") == (not trusted), sidecar.log
         finally:
             sidecar.kill()
     print("as expected")

@@ -68,6 +68,24 @@ class TestPrometheusServer(Case):
 
     def setUp(self):
         self.watched = self.sidecar()
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        config = os.path.join(folder, "prometheus.yml")
+        jobs = [{"job_name": name, "static_configs": [{"targets": ["127.0.0.1:%d" % port]}]}
+                for name, port in (("openmetrics", self.watched.metrics_port),
+                                   ("text", self.relay()))]
+        with open(config, "w") as file:
+            json.dump({"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
+                       "scrape_configs": jobs}, file)
+        self.prometheus = self.program("prometheus", "--config.file=" + config,
+                                       "--storage.tsdb.path=" + folder,
+                                       "--web.listen-address=127.0.0.1:0")
+        listening = self.prometheus.wait_for(r'msg="Listening on" address=127.0.0.1:(\d+)')
+        self.port = int(listening.group(1))
+        self.prometheus.wait_for("Server is ready")
+
+    def relay(self):
+        """Return the port of a relay, which asks the watched sidecar for text."""
         case = self
 
         class Relay(http.server.BaseHTTPRequestHandler):
@@ -92,21 +110,7 @@ class TestPrometheusServer(Case):
         self.addCleanup(relay.server_close)
         self.addCleanup(relay.shutdown)
         threading.Thread(target=relay.serve_forever, args=(0.01,), daemon=True).start()
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
-        config = os.path.join(folder, "prometheus.yml")
-        with open(config, "w") as file:
-            json.dump({"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
-                       "scrape_configs": [
-                {"job_name": job, "static_configs": [{"targets": ["127.0.0.1:%d" % port]}]}
-                for job, port in (("openmetrics", self.watched.metrics_port),
-                                  ("text", relay.server_port))]}, file)
-        self.prometheus = self.program("prometheus", "--config.file=" + config,
-                                       "--storage.tsdb.path=" + folder,
-                                       "--web.listen-address=127.0.0.1:0")
-        self.port = int(
-            self.prometheus.wait_for(r'msg="Listening on" address=127.0.0.1:(\d+)').group(1))
-        self.prometheus.wait_for("Server is ready")
+        return relay.server_port
 
     def ask(self, path, **query):
         """Return the data of Prometheus's answer.

@@ -12,7 +12,8 @@ const clients = {
   axios: (url) => require("axios").post(url),
   fetch: async (url) => (await fetch(url, { method: "POST" })).text(),
   http: (url) => new Promise((resolve, reject) => {
-    http.request(url, { method: "POST" }, (answer) => answer.resume().on("end", resolve)).on("error", reject).end();
+    const heard = (answer) => answer.resume().on("end", resolve);
+    http.request(url, { method: "POST" }, heard).on("error", reject).end();
   }),
 };
 const post = clients[process.argv[2]];
