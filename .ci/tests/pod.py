@@ -23,16 +23,16 @@ from support import HERE, PATIENCE, in_threads, until
 from test_manifests import environment, pick
 
 # The first process of a pod, as the runtime's own: it reaps what is orphaned. Here it also sets up
-# the loopback.
+# the loopback, and ends when the test does, however that ends: with it the kernel kills every
+# process of its PID namespace, and of those within.
 PAUSE = """
-import signal, subprocess
+import signal, subprocess, sys
 subprocess.check_call(["ip", "link", "set", "lo", "up"])
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 with open("/proc/self/comm", "w") as name:
     name.write("pause")
 print("paused", flush=True)
-while True:
-    signal.pause()
+sys.stdin.read()
 """
 OWN_PROCESSES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 LAUNCHERS = ("nsenter", "unshare", "setpriv")
@@ -40,12 +40,15 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def command_of(launcher):
-    """Return the PID of the command that a launcher forked, or None where it is not there yet."""
+    """Return the PID of the command that launchers forked, or None where it is not there yet."""
+    pid, name = launcher, None
     try:
-        with open("/proc/%d/task/%d/children" % (launcher, launcher)) as children:
-            child = children.read().split()[0]
-        with open("/proc/%s/comm" % child) as name:
-            return None if name.read().strip() in LAUNCHERS else int(child)
+        while name is None or name in LAUNCHERS:
+            with open("/proc/%d/task/%d/children" % (pid, pid)) as children:
+                pid = int(children.read().split()[0])
+            with open("/proc/%d/comm" % pid) as comm:
+                name = comm.read().strip()
+        return pid
     except (OSError, IndexError):
         return None
 
@@ -76,10 +79,10 @@ def kill_session(leader):
 class Container:
     """A container: its first process, and what that started."""
 
-    def __init__(self, case, launcher, command, env):
-        """launcher: puts the command into its namespaces."""
+    def __init__(self, case, launcher, command, env, **options):
+        """launcher: puts the command into its namespaces. options: for Popen."""
         self.killed = False
-        self.program = case.program(*launcher, *command, env=env, start_new_session=True)
+        self.program = case.program(*launcher, *command, env=env, start_new_session=True, **options)
         launcher = self.program.process.pid
         until(lambda: command_of(launcher) or self.program.process.poll() is not None)
         self.pid = command_of(launcher)         # None: it has ended already
@@ -134,8 +137,9 @@ class Pod:
             self.python, self.app = "/usr/bin/python3", os.path.join(self.folder, "app")
             os.mkdir(self.app)
             shutil.copy(os.path.join(HERE, "sidecar.py"), self.app)
-        self.pause = Container(case, OWN_PROCESSES + ("--net",), [sys.executable, "-c", PAUSE], {})
-        case.addCleanup(self.pause.kill)        # and with it what else is in its PID namespace
+        self.pause = Container(case, OWN_PROCESSES + ("--net",), [sys.executable, "-c", PAUSE], {},
+                               stdin=subprocess.PIPE)
+        case.addCleanup(self.pause.kill)
         self.pause.program.wait_for("paused")
 
     def start(self, ready=True):
@@ -253,10 +257,8 @@ class Pod:
 
     def _launcher(self, name):
         """Return the command that puts a container's into its namespaces, and gives it its user."""
-        launcher = ["nsenter", "--target", self.pause.pid, "--net"]
-        if self.spec.get("shareProcessNamespace"):
-            launcher += ["--pid", "--mount"]
-        else:
+        launcher = ["nsenter", "--target", self.pause.pid, "--net", "--pid", "--mount"]
+        if not self.spec.get("shareProcessNamespace"):
             launcher += OWN_PROCESSES
         if name in self.users:
             user = str(self.users[name])

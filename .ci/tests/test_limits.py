@@ -14,7 +14,7 @@ import unittest
 from support import (NAMESPACES, PATIENCE, SCALE, Case, SidecarProcess, figures, needs,
                      readme_blocks, run, until, version_of)
 
-PLACES = 512                        # of each of the two budgets of a port
+PLACES = 512                        # Of each of the two budgets of a port.
 START = b"POST /start-request?id=%d HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
@@ -57,7 +57,7 @@ class TestManyConnections(Limits):
         sidecar = self.sidecar()
         idle = self.connect(sidecar, 2 * PLACES, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
         self.serves(sidecar)
-        for connection in idle:                 # each has been answered, the last ones closed after
+        for connection in idle:                # Each has been answered, the last ones closed after.
             self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 "))
         self.assertEqual(self.refused(sidecar), 0)
         sidecar.wait_for("WARNING many connections: each is closed after its answer")
@@ -101,7 +101,7 @@ class TestManyConnections(Limits):
             connection.close()
         self.serves(sidecar)
         self.assertGreaterEqual(sidecar.get("/metrics")[1]["evicted_connections"], 8)
-        until(lambda: figures(sidecar.process.pid)[1] < PLACES + 64)    # their threads have ended
+        until(lambda: figures(sidecar.process.pid)[1] < PLACES + 64)    # Their threads have ended.
         sidecar.post("/end-request?id=a")
         self.assertTrue(read_to_end(first).startswith(b"HTTP/1.1 200 "))
         self.assertEqual(self.refused(sidecar), 0)
@@ -134,7 +134,7 @@ class TestManyConnections(Limits):
         held = self.connect(sidecar, count, START)
         for number in range(3):
             self.assertEqual(sidecar.post("/end-request?id=before-%d" % number)[0], 200)
-        for number in range(88):                # the oldest ones gave way, and are counted
+        for number in range(88):                # The oldest ones gave way, and are counted.
             while b"request_id" not in held[number].recv(65536):
                 pass
             self.assertEqual(sidecar.post("/end-request?id=%d" % number)[0], 200)
@@ -168,7 +168,7 @@ def look():
         until(lambda: figures(sidecar.process.pid)[1] > PLACES)
         sidecar.host = "127.0.0.1"
         assert sidecar.post("/start-request?id=a")[0] == 200
-        assert sidecar.get("/metrics")[1]["evicted_connections"] == 0      # another budget
+        assert sidecar.get("/metrics")[1]["evicted_connections"] == 0      # Another budget.
         sidecar.host, sidecar.source = "192.0.2.10", ("192.0.2.11", 0)
         until(lambda: sidecar.get("/health")[0] == 200)     # a second later the first one may go
         assert sidecar.get("/metrics")[1]["evicted_connections"] >= 1
@@ -283,7 +283,7 @@ class TestCost(Limits):
         def cpu_seconds():
             return sidecar.sample("process_cpu_seconds_total")
         before, began = cpu_seconds(), time.monotonic()
-        time.sleep(10)                          # it is the time that passes that is measured
+        time.sleep(10)                          # It is the time that passes that is measured.
         share = (cpu_seconds() - before) / (time.monotonic() - began)
         print("1,000 held starts: %.1f %% of a CPU" % (100 * share))
         self.assertLess(share, 0.5)

@@ -1,7 +1,8 @@
 """Handlers in an event loop.
 
 handlers    how many (4)
-client      aiohttp, with a second for the whole call; or requests, which blocks the loop meanwhile
+client      aiohttp, with a time-out for the whole call; or requests, which blocks the loop
+timeout     of a call, in seconds (1)
 tries       of a call, without an id (1)
 """
 import asyncio
@@ -15,12 +16,13 @@ messages = Messages()
 
 
 async def aiohttp_post(session, path):
-    async with session.post(SIDECAR + path, timeout=aiohttp.ClientTimeout(total=1)) as answer:
+    timeout = aiohttp.ClientTimeout(total=option("timeout", 1.0))
+    async with session.post(SIDECAR + path, timeout=timeout) as answer:
         await answer.read()
 
 
 async def blocking_post(session, path):
-    requests.post(SIDECAR + path, timeout=1)
+    requests.post(SIDECAR + path, timeout=option("timeout", 1.0))
 
 
 post = blocking_post if OPTIONS.get("client") == "requests" else aiohttp_post
