@@ -71,6 +71,7 @@ class TestManyConnections(Limits):
             for connection in idle:
                 self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 "))
             sidecar.signal(signal.SIGSTOP)      # what follows is there when it looks again
+            os.waitid(os.P_PID, sidecar.process.pid, os.WSTOPPED | os.WNOWAIT)
             late = self.connect(sidecar, 100, b"GET /health HTTP/1.0\r\n\r\n")
             for number in range(100):
                 idle[number].sendall(START % number)
