@@ -1,26 +1,34 @@
 #!/usr/bin/env python3
-"""A Telegram echo bot that loses no message when it is shut down: the reference worker of sidecar.py.
+"""A Telegram echo bot that loses no message when it is shut down: sidecar.py's reference worker.
 
     python echo_bot.py      KAFKA_BROKERS set: take updates from Kafka, send replies to Kafka
                             else BOT_TOKEN set: a Telegram bot by long polling
-                            else: the console; each line typed is a message, or an update where it is a JSON object
+                            else: the console; each line typed is a message, or an update
+                            where it is a JSON object
 
-It tells the sidecar of every update, works the same without one, and on SIGTERM or SIGINT, or when the sidecar drains,
-takes no more, finishes the update in hand and acknowledges it. It needs Python 3.7 or newer and nothing else.
+It tells the sidecar of every update, and works the same without one. On SIGTERM or SIGINT, or when
+the sidecar drains, it takes no more, and finishes and acknowledges what it has in hand. It needs
+Python 3.7 or newer and nothing else.
 
 Variables:
 
     SIDECAR_URL             where the sidecar is                        http://127.0.0.1:8081
+    CONCURRENCY             how many updates are in hand at once,       8 (the console: 1)
+                            1 to 100; one chat's are done in order
     BOT_TOKEN               the token that @BotFather gave
     TELEGRAM_API_URL        a Bot API server of your own                https://api.telegram.org
+    HTTPS_PROXY, NO_PROXY   the proxy on the way to Telegram            none
 
-and for Kafka, where updates come as {"bot_id", "update"} and replies go as {"bot_token", "method", "params"}:
+and for Kafka 2.2 or newer, where updates come as {"bot_id", "update"} and replies go as
+{"bot_token", "method", "params"}:
 
     KAFKA_BROKERS, KAFKA_INCOMING_TOPIC, KAFKA_OUTGOING_TOPIC, KAFKA_CONSUMER_GROUP
     BOT_ID                  an update for another bot is passed over    every update is answered
-    KAFKA_DEAD_LETTER_TOPIC where a record goes that is no such JSON    it is logged, and passed over
+    KAFKA_DEAD_LETTER_TOPIC where a record goes that is no such JSON,   it is logged, passed over
+                            or whose reply the outgoing topic refuses
     KAFKA_SECURITY_PROTOCOL PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL  PLAINTEXT
     KAFKA_SSL_CAFILE        the CA of the brokers' certificates         the system's CAs
+    KAFKA_SSL_CERTFILE, KAFKA_SSL_KEYFILE: the bot's own certificate and its key (PEM, no password)
     KAFKA_SASL_MECHANISM    PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512       PLAIN
     KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD
 """
@@ -30,11 +38,14 @@ import hashlib
 import hmac
 import http.client
 import importlib
+import itertools
 import json
 import logging
 import os
+import queue
 import random
 import re
+import select
 import signal
 import socket
 import ssl
@@ -43,141 +54,47 @@ import sys
 import threading
 import time
 import types
+import urllib.request
 import zlib
-from contextlib import contextmanager
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
+
+from sidecar import Sidecar
 
 log = logging.getLogger("echo_bot")
 
 
 class ConfigError(Exception):
-    """What ends the bot: one line for its user, and the exit status: 2 for a setting, 1 for what a server refused."""
+    """A setting is wrong: one line for the bot's user, and exit status 2."""
 
-    def __init__(self, text, status=2):
+
+class Refused(Exception):
+    """A server refuses, and trying again is of no use: one line for the user, and exit status 1."""
+
+    def __init__(self, text, code=None):
         super().__init__(text)
-        self.status = status
+        self.code = code
 
 
-# ---- The sidecar's client: copy this class into your own worker -----------------------------------------------------
-
-class Sidecar:
-    """Tells the sidecar of each request: `with sidecar.track(): work()`. Needs the imports above, may be used by threads.
-
-    It never raises, and never delays the work by more than TIMEOUT_SECONDS. After a failure it leaves the sidecar alone
-    for REST_SECONDS. `draining` is true from the moment on when an answer said so: take no more work, ask `ready`.
-    """
-
-    TIMEOUT_SECONDS = 1.0
-    REST_SECONDS = 3.0
-
-    def __init__(self, url=None):
-        """url: where the sidecar is; default: SIDECAR_URL, or http://127.0.0.1:8081. ValueError: it is no such URL."""
-        self.url = url or os.environ.get("SIDECAR_URL") or "http://127.0.0.1:8081"
-        parts = urlsplit(self.url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError("SIDECAR_URL=%r: expected http://HOST:PORT" % self.url)
-        self.draining = False
-        self._host, self._port = parts.hostname, parts.port or 80
-        self._threads_own = threading.local()       # a connection for each thread, kept alive
-        self._rest_until = 0.0
-        self._trouble = "unknown"                   # of the last call; None: it was answered
-        self._undelivered = set()                   # the paths of ends that wait for their next try
-
-    @contextmanager
-    def track(self):
-        """Report the start of a request, and its end with its duration, however the block is left."""
-        request_id = os.urandom(16).hex()           # an id of our own makes it safe to say anything twice
-        heard = self._tell("POST", "/start-request?id=" + request_id)
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            if heard is not False:
-                self._end("/end-request?id=%s&duration=%.6fs" % (request_id, time.monotonic() - started))
-
-    def ready(self):
-        """Ask whether work may be taken again. A sidecar that is gone has not said so: its pod is on its way out."""
-        self._rest_until = 0.0
-        self._tell("GET", "/ready")
-        return not self.draining
-
-    def reset(self):
-        """Say that this worker has just started: requests that one before it left behind are over."""
-        self._tell("POST", "/reset")
-
-    def close(self):
-        """Say, as the worker exits, what could not be said yet; a sidecar that still hangs costs one time-out."""
-        self._rest_until = 0.0
-        for path in list(self._undelivered):
-            self._tell("POST", path)
-
-    def _end(self, path):
-        """Deliver an end, now or later: a sidecar that hung for a moment must not be left with a count."""
-        self._undelivered.discard(path)
-        if not self._tell("POST", path) and not isinstance(self._trouble, ConnectionRefusedError):      # its count is gone
-            self._undelivered.add(path)
-            retry = threading.Timer(self.REST_SECONDS, self._end, [path])
-            retry.daemon = True
-            retry.start()
-
-    def _tell(self, method, path):
-        """Return True when the sidecar answered, False when it surely did not hear it, None when it may have."""
-        if time.monotonic() < self._rest_until:
-            return False
-        heard = False
-        for _ in range(2):
-            connection = getattr(self._threads_own, "connection", None)
-            is_new = connection is None
-            try:
-                if is_new:
-                    connection = http.client.HTTPConnection(self._host, self._port, timeout=self.TIMEOUT_SECONDS)
-                    connection.connect()
-                    self._threads_own.connection = connection
-                heard = None
-                connection.request(method, path)
-                answer = connection.getresponse()
-                content = json.loads(answer.read().decode())
-                if path == "/ready":
-                    self.draining = answer.status != 200
-                elif "draining" in content:
-                    self.draining = content["draining"]
-                self._note(None)
-                return True
-            except Exception as error:              # whatever it is, the work goes on
-                trouble = error
-                self._threads_own.connection = None
-                connection.close()
-                if is_new or isinstance(error, socket.timeout):
-                    break                           # else the sidecar had only closed an idle connection
-        self._rest_until = time.monotonic() + self.REST_SECONDS
-        self._note(trouble)
-        return heard
-
-    def _note(self, trouble):
-        if (trouble is None) != (self._trouble is None) or self._trouble == "unknown":
-            if trouble is None:
-                log.info("reporting to the sidecar at %s", self.url)
-            else:
-                log.warning("working without a sidecar, %s does not answer: %s", self.url, trouble)
-        self._trouble = trouble
+class Interrupted(Exception):
+    """What was under way is given up, since the bot has to stop; an update in hand comes again."""
 
 
-# ---- The bot --------------------------------------------------------------------------------------------------------
+# ---- The bot ------------------------------------------------------------------------------------
 
 def reply_to(update):
-    """Return the Bot API call that answers an update, as (method, parameters), or None for one that needs no answer.
+    """Return the Bot API call that answers an update, as (method, parameters), or None for none.
 
-    A text message is echoed, a callback query is confirmed; https://core.telegram.org/bots/api tells the limits, which
-    are kept. Any exception: the update is broken.
+    A text message is echoed, a callback query is confirmed, within the limits that
+    https://core.telegram.org/bots/api tells. Any exception: the update is broken.
     """
     if "message" in update:
         message = update["message"]
         if "text" not in message:
             return None
         return "sendMessage", {
-            "chat_id": message["chat"]["id"],
-            "text": cut("Echo: " + message["text"], 4096),
-            "reply_parameters": {"message_id": message["message_id"], "allow_sending_without_reply": True}}
+            "chat_id": message["chat"]["id"], "text": cut("Echo: " + message["text"], 4096),
+            "reply_parameters": {"message_id": message["message_id"],
+                                 "allow_sending_without_reply": True}}
     if "callback_query" in update:
         query = update["callback_query"]
         return "answerCallbackQuery", {"callback_query_id": query["id"],
@@ -186,62 +103,91 @@ def reply_to(update):
 
 
 def cut(text, limit):
-    """Return `text`, cut to `limit` UTF-16 code units, which is how Telegram counts; no character is cut in half."""
-    return text.encode("utf-16-le", "surrogatepass")[:2 * limit].decode("utf-16-le", "ignore")
+    """Return `text`, cut to `limit` UTF-16 code units, as Telegram counts; no half characters."""
+    units = text.encode("utf-16-le", "surrogatepass")[:2 * limit]
+    return units.decode("utf-16-le", "ignore")
 
 
-class Interrupted(Exception):
-    """A signal came while the bot had nothing in hand, or nothing that it could finish."""
+def chat_of(update):
+    """Return the id of an update's chat, or None: it is of an inline message, or broken."""
+    try:
+        message = update["message"] if "message" in update else update["callback_query"]["message"]
+        return str(message["chat"]["id"])
+    except (KeyError, TypeError):
+        return None
 
 
 class Stopping:
-    """Handles SIGTERM and SIGINT from now on. Work is finished, so only a wait is broken into."""
+    """Notes the first of some signals. Whoever waits looks at `requested` several times a second.
 
-    def __init__(self):
-        self.requested = self._waiting = False
-        woken, wakes = os.pipe()
-        os.set_blocking(wakes, False)
-        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
-        threading.Thread(target=self._insist, args=(woken,), daemon=True).start()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self)
+    So it does not matter which thread a signal is delivered to, nor which call it interrupts.
+    """
 
-    def __call__(self, number, frame):
-        first, self.requested = not self.requested, True
-        if first and self._waiting:
-            raise Interrupted
+    def __init__(self, *signals):
+        self.requested_at = None        # in time.monotonic()'s seconds
+        for number in signals:
+            signal.signal(number, self._note)
 
-    def _insist(self, woken):
-        """Send the signal that came again until it is handled: Python puts it off, and where that is just before a
-        system call, the call waits on as if nothing had come."""
-        number = os.read(woken, 1)[0]
-        while not self.requested:
-            signal.pthread_kill(threading.main_thread().ident, number)
-            time.sleep(0.1)
+    def _note(self, number, frame):
+        self.request()
 
-    def wait(self, function, *args):
-        """Return function(*args), or None when a signal came before or comes meanwhile."""
-        try:
-            self._waiting = True
-            return None if self.requested else function(*args)
-        except Interrupted:
-            return None
-        finally:
-            self._waiting = False
+    def request(self):
+        """Stop as if a signal had come."""
+        if not self.requested:
+            self.requested_at = time.monotonic()
+
+    @property
+    def requested(self):
+        return self.requested_at is not None
+
+    def for_longer_than(self, seconds, since):
+        """Return whether both the signal and the time `since` were more than `seconds` ago."""
+        return self.requested and time.monotonic() > max(self.requested_at, since) + seconds
 
     def sleep(self, seconds):
-        self.wait(time.sleep, seconds)
+        """Wait, but not on after a signal."""
+        end = time.monotonic() + seconds
+        while not self.requested and time.monotonic() < end:
+            time.sleep(max(0, min(0.1, end - time.monotonic())))
+
+    def wait(self, function, *args):
+        """Return function(*args), or None when a signal came before or comes meanwhile.
+
+        The function runs on a thread of its own, which is left behind in that case.
+        """
+        outcome = queue.Queue()
+
+        def call():
+            try:
+                outcome.put((function(*args), None))
+            except Exception as error:
+                outcome.put((None, error))
+
+        threading.Thread(target=call, daemon=True).start()
+        while not self.requested:
+            try:
+                result, error = outcome.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if error:
+                raise error
+            return result
+        return None
 
 
-Taken = collections.namedtuple("Taken", "update")
+STOP_SECONDS = 5.0              # after a signal, a reply that fails is tried again for so long
+IDLE_SECONDS = 20.0             # a connection that lay idle for longer is opened anew
 
 
 class Console:
     """Updates from standard input, replies to standard output.
 
-    This and the sources below have the same four methods. `take` waits for the next update and returns it, or None so
-    that the loop can look around; EOFError: there are no more. `reply` makes the Bot API call. `acknowledge` says that
-    the update is done: only then it is not handed out again. `close` lets go of everything; `take` may follow.
+    This and the sources below have the same four methods. `take` waits for the next update and
+    returns it with a receipt, or None so that the caller can look around; EOFError: there are no
+    more. `reply` makes the Bot API call that answers the update of a receipt. `acknowledge` says
+    that this update is done: only then it is not handed out again. `close`, when nothing is in
+    hand, lets go of everything; `take` may follow. Several threads may call `reply` and
+    `acknowledge` at once, one alone calls the others.
     """
 
     def __init__(self, stopping):
@@ -262,227 +208,406 @@ class Console:
         except (ValueError, RecursionError):
             update = None
         if not isinstance(update, dict):
-            update = {"update_id": self.taken, "message": {"message_id": self.taken, "chat": {"id": 0},
-                                                           "text": line.rstrip("\r\n")}}
-        return Taken(update)
+            update = {"update_id": self.taken, "message": {
+                "message_id": self.taken, "chat": {"id": 0}, "text": line.rstrip("\r\n")}}
+        return update, self.taken
 
-    def reply(self, taken, call):
+    def reply(self, receipt, call):
         print(call[1]["text"], flush=True)
 
-    def acknowledge(self, taken):
+    def acknowledge(self, receipt):
         pass
 
     def close(self):
         pass
 
 
-class Telegram:
-    """Updates by long polling, replies as Bot API calls: https://core.telegram.org/bots/api#getupdates
+def split_url(name, text, schemes):
+    """Return the parts of a URL. ConfigError names the variable, and shows no password."""
+    shown = re.sub("//.*@", "//...@", text)
+    try:
+        parts = urlsplit(text)
+        valid = (parts.scheme in schemes and parts.hostname and parts.port != 0
+                 and re.fullmatch("[!-~]+", text) and not parts.query and not parts.fragment)
+    except ValueError:      # a port that is no number, a bracket that is not closed
+        valid = False
+    if not valid:
+        raise ConfigError("%s=%r: expected %s://HOST[:PORT]" % (name, shown, schemes[-1]))
+    return parts
 
-    An update that was acknowledged is confirmed by the offset of the next getUpdates, so a bot that is killed gets the
-    ones after it again: of a batch, all that it had answered since.
+
+def basic_authorization(parts):
+    """Return the value of an Authorization header for a URL's user:password, or None."""
+    if parts.username is None:
+        return None
+    login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+    return "Basic " + base64.b64encode(login.encode()).decode()
+
+
+def is_stale(connected, used_at):
+    """Return whether a socket without a request under way is better not used again.
+
+    Its peer has closed it, or a middlebox may have forgotten it silently: one that lay idle for
+    IDLE_SECONDS is not trusted, as in franz-go.
+    """
+    return (time.monotonic() - used_at > IDLE_SECONDS
+            or bool(select.select([connected], [], [], 0)[0]))
+
+
+class Telegram:
+    """Updates by long polling, replies as Bot API calls: https://core.telegram.org/bots/api
+
+    The offset of a getUpdates confirms every update before it, so it is the oldest one that is not
+    done. Telegram hands out at once what is not confirmed: while something is in hand, it is asked
+    only when there is room for more, when one is done or a second later, and what is known already
+    is passed over. A bot that is killed gets again what was not confirmed.
     """
 
     POLL_SECONDS = 50
     ANSWER_SECONDS = 10
-    BATCH = 10
+    CONNECT_SECONDS = 5             # for each address of the server, and for the TLS handshake
+    WINDOW = 100                    # getUpdates returns no more than this
     MAX_DELAY_SECONDS = 30.0
+    TRIES = 5                       # of a reply that gets a 5xx; of a poll that another one ends
 
-    def __init__(self, environ, stopping):
-        self.stopping = stopping
+    def __init__(self, environ, stopping, concurrency):
+        self.stopping, self.concurrency = stopping, concurrency
         self._token = environ["BOT_TOKEN"]
         if not re.fullmatch("[0-9]+:[A-Za-z0-9_-]+", self._token):
-            raise ConfigError("BOT_TOKEN is malformed: expected what @BotFather gave, such as 123456:ABC-DEF")
-        url = environ.get("TELEGRAM_API_URL") or "https://api.telegram.org"
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError("TELEGRAM_API_URL=%r: expected https://HOST[:PORT]" % url)
-        connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = connection(parts.hostname, parts.port)
-        self._path = parts.path.rstrip("/")
-        self._updates = collections.deque()
+            raise ConfigError("BOT_TOKEN is malformed: expected what @BotFather gave, such as "
+                              "123456:ABC-DEF")
+        self._url = split_url("TELEGRAM_API_URL", environ.get("TELEGRAM_API_URL")
+                              or "https://api.telegram.org", ("http", "https"))
+        self._headers = {"Content-Type": "application/json"}
+        if self._url.username is not None:
+            self._headers["Authorization"] = basic_authorization(self._url)
+        self._proxy = None
+        if self._url.scheme == "https" and not urllib.request.proxy_bypass(self._url.hostname):
+            proxy = urllib.request.getproxies().get("https")
+            if proxy:
+                proxy = proxy if "://" in proxy else "http://" + proxy
+                self._proxy = split_url("HTTPS_PROXY", proxy, ("http",))
+        self._polling, self._idle = self._new_connection(), collections.deque()
+        self._updates = collections.deque()         # received, not handed out
+        self._changed = threading.Condition()       # guards the next two
         self._offset = self._confirmed = 0
-        log.info("Telegram: polling %s", url)
+        self._done = {}                             # update_id: whether it is done; handed out
+        log.info("Telegram: polling %s://%s", self._url.scheme, self._url.netloc.rpartition("@")[2])
 
     def take(self):
         if not self._updates:
-            self._updates.extend(self._get_updates(self.POLL_SECONDS, self.BATCH) or ())
-        return Taken(self._updates.popleft()) if self._updates else None
+            with self._changed:
+                known = dict(self._done)
+            room = self.concurrency - list(known.values()).count(False)
+            limit = min(self.WINDOW, len(known) + room)
+            updates = self._get_updates(0 if known else self.POLL_SECONDS, limit) or ()
+            self._updates.extend(update for update in updates if update["update_id"] not in known)
+            if known and not self._updates:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._done != known, 1)
+                return None
+        if not self._updates:
+            return None
+        update = self._updates.popleft()
+        with self._changed:
+            self._done[update["update_id"]] = False
+        return update, update["update_id"]
 
-    def reply(self, taken, call):
-        self._call(*call)
+    def reply(self, receipt, call):
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._new_connection()
+        try:
+            self._send(connection, *call)
+        finally:
+            self._idle.append(connection)
 
-    def acknowledge(self, taken):
-        update_id = taken.update.get("update_id") if isinstance(taken.update, dict) else None
-        if isinstance(update_id, int):
-            self._offset = update_id + 1
+    def acknowledge(self, receipt):
+        with self._changed:
+            self._done[receipt] = True
+            while self._done and self._done[min(self._done)]:
+                self._offset = min(self._done) + 1
+                del self._done[min(self._done)]
+            self._changed.notify_all()
 
     def close(self):
         self._updates.clear()
         if self._offset != self._confirmed:
             try:
-                self._get_updates(0, 1)     # confirms, and does not take: what it returns will come again
+                self._get_updates(0, 1, closing=True)       # what comes now will come again
             except Interrupted:
-                log.warning("Telegram did not hear what is done: update %d and later will come again", self._confirmed)
-        self._connection.close()
+                log.warning("Telegram did not hear what is done: update %d and later will come "
+                            "again", self._confirmed)
+        self._done = {key: done for key, done in self._done.items() if done}
+        for connection in [self._polling] + list(self._idle):
+            connection.close()
 
-    def _get_updates(self, seconds, limit):
-        offset = self._offset
-        updates = self._call("getUpdates", {"offset": offset, "timeout": seconds, "limit": limit,
-                                            "allowed_updates": ["message", "callback_query"]}, wait=seconds > 0)
-        if updates is not None:
-            self._confirmed = offset
-        return updates
+    def _get_updates(self, seconds, limit, closing=False):
+        """Return updates, or None when a signal ended the wait. Interrupted: there is no time."""
+        offset, since = self._offset, time.monotonic()
+        parameters = {"offset": offset, "timeout": seconds, "limit": limit,
+                      "allowed_updates": ["message", "callback_query"]}
+        for attempt in itertools.count(1):
+            call = self._ask, self._polling, "getUpdates", parameters
+            answer = call[0](*call[1:]) if closing else self.stopping.wait(*call)
+            if answer is None:      # its thread may still use the connection
+                self._polling = self._new_connection()
+                return None
+            if answer["ok"] and isinstance(answer.get("result"), list):
+                self._confirmed = offset
+                return [update for update in answer["result"] if isinstance(update, dict)
+                        and isinstance(update.get("update_id"), int)]
+            if answer["error_code"] == 409 and (attempt >= self.TRIES
+                                                or "webhook" in answer["description"]):
+                raise Refused("another poller or a webhook takes this bot's updates (409 %s)"
+                              % answer["description"])
+            self._back_off("getUpdates", answer, attempt, since)
 
-    def _call(self, method, parameters, wait=False):
-        """Return the result of a Bot API call, or None where a signal broke into it (with `wait`), or it was refused.
+    def _send(self, connection, method, parameters):
+        """Make a Bot API call, until Telegram has done it or has refused it for good."""
+        since = time.monotonic()
+        for attempt in itertools.count(1):
+            answer = self._ask(connection, method, parameters)
+            code, moved_to = answer["error_code"], answer["parameters"].get("migrate_to_chat_id")
+            if answer["ok"]:
+                return
+            if moved_to and attempt == 1:
+                log.info("chat %s has become %s", parameters.get("chat_id"), moved_to)
+                parameters = dict(parameters, chat_id=moved_to)
+            elif (code and (400 <= code < 500 or attempt >= self.TRIES)
+                  and code not in (401, 404, 429)):
+                log.warning("%s was refused: %d %s", method, code, answer["description"])
+                return
+            else:
+                self._back_off(method, answer, attempt, since)
 
-        What may mend itself is tried again. Interrupted: it was not possible before the bot had to stop.
+    def _back_off(self, method, answer, attempt, since):
+        """Wait before another try. Refused: none is of use. Interrupted: the bot has to stop."""
+        code, description = answer["error_code"], answer["description"]
+        if code in (401, 404):
+            raise Refused("Telegram refuses BOT_TOKEN (%d %s): expected what @BotFather gave"
+                          % (code, description))
+        told = answer["parameters"].get("retry_after")
+        if self.stopping.requested and (
+                told or self.stopping.for_longer_than(STOP_SECONDS, since)):
+            raise Interrupted
+        delay = min(self.MAX_DELAY_SECONDS, 2.0 ** min(attempt, 10)) * random.uniform(0.25, 0.5)
+        delay = told if isinstance(told, (int, float)) else delay
+        log.warning("%s failed, next try in %.1f s: %s %s", method, delay, code or "", description)
+        if self.stopping.requested:
+            time.sleep(min(delay, 0.5))
+        self.stopping.sleep(delay)
+
+    def _new_connection(self):
+        """Return a connection that is not open yet, by way of the proxy where there is one."""
+        if not self._proxy:
+            kind = "HTTPSConnection" if self._url.scheme == "https" else "HTTPConnection"
+            return getattr(http.client, kind)(self._url.hostname, self._url.port)
+        connection = http.client.HTTPSConnection(self._proxy.hostname, self._proxy.port or 80)
+        login = basic_authorization(self._proxy)
+        connection.set_tunnel(self._url.hostname, self._url.port or 443,
+                              {"Proxy-Authorization": login} if login else {})
+        return connection
+
+    def _ask(self, connection, method, parameters):
+        """Return Telegram's answer to a call, with an error_code of None where it gave none.
+
+        Only JSON with an `ok` is Telegram's; all else is an outage, such as a proxy's page.
         """
-        attempt = 0
-        while True:
-            try:
-                answer = self.stopping.wait(self._post, method, parameters) if wait else self._post(method, parameters)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                self._connection.close()
-                answer = {"ok": False, "error_code": 500, "description": "%s: %s" % (type(error).__name__, error)}
-            if answer is None:
-                self._connection.close()        # a poll that was broken off: its answer may still come
-                return None
-            if answer.get("ok"):
-                return answer.get("result")
-            code, problem = answer.get("error_code", 500), str(answer.get("description")).replace(self._token, "...")
-            if code in (401, 404):
-                raise ConfigError("Telegram refuses BOT_TOKEN (%s %s): expected what @BotFather gave" % (code, problem), 1)
-            if code == 409:
-                raise ConfigError("another poller or a webhook takes this bot's updates (409 %s)" % problem, 1)
-            if 400 <= code < 500 and code != 429:
-                log.warning("%s was refused: %s %s", method, code, problem)
-                return None
-            if self.stopping.requested:
-                raise Interrupted
-            attempt += 1
-            delay = min(self.MAX_DELAY_SECONDS, 2.0 ** attempt) * random.uniform(0.25, 0.5)
-            told = (answer.get("parameters") or {}).get("retry_after")
-            delay = told if isinstance(told, (int, float)) else delay
-            log.warning("%s failed, next try in %.1f s: %s %s", method, delay, code, problem)
-            self.stopping.sleep(delay)
-
-    def _post(self, method, parameters):
-        seconds = self.ANSWER_SECONDS + parameters.get("timeout", 0)
-        self._connection.timeout = seconds
-        if self._connection.sock:
-            self._connection.sock.settimeout(seconds)
-        self._connection.request("POST", "%s/bot%s/%s" % (self._path, self._token, method), json.dumps(parameters),
-                                 {"Content-Type": "application/json"})
-        answer = self._connection.getresponse()
-        body = answer.read()
+        body, description = self._post(connection, method, parameters)
         try:
-            content = json.loads(body.decode())
-            content["ok"]
-            return content
-        except (ValueError, TypeError, KeyError):       # a proxy's page, say
-            return {"ok": False, "error_code": answer.status if answer.status >= 400 else 500,
-                    "description": answer.reason}
+            answer = dict(json.loads(body.decode()))
+            answer["ok"] = bool(answer["ok"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            answer = {"ok": False}
+        code, more = answer.get("error_code"), answer.get("parameters")
+        answer["error_code"] = code if isinstance(code, int) else None
+        answer["parameters"] = more if isinstance(more, dict) else {}
+        description = str(answer.get("description", description))
+        answer["description"] = description.replace(self._token, "...")
+        return answer
+
+    def _post(self, connection, method, parameters):
+        """Return what a server answers to a call, and in words how that went."""
+        path = "%s/bot%s/%s" % (self._url.path.rstrip("/"), self._token, method)
+        try:
+            if connection.sock and is_stale(connection.sock, connection.used_at):
+                connection.close()
+            if not connection.sock:
+                connection.timeout = self.CONNECT_SECONDS
+                connection.connect()
+            connection.sock.settimeout(self.ANSWER_SECONDS + parameters.get("timeout", 0))
+            connection.request("POST", path, json.dumps(parameters), self._headers)
+            response = connection.getresponse()
+            body, connection.used_at = response.read(), time.monotonic()
+            return body, "%d %s" % (response.status, response.reason)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            return b"", "%s: %s" % (type(error).__name__, error)
 
 
-# ---- Kafka: the protocol as data ------------------------------------------------------------------------------------
+# ---- Kafka: the protocol as data ----------------------------------------------------------------
 
-INT8, INT16, INT32, INT64, BOOLEAN = "b", "h", "i", "q", "?"    # the letters of the struct module
-STRING, BYTES = "string", "bytes"                               # either may be null, here None
+# The letters of the struct module; a string or bytes may be null, which is None here.
+INT8, INT16, INT32, INT64, BOOLEAN, STRING, BYTES = "b", "h", "i", "q", "?", "string", "bytes"
 
 
 def by_topic(**partition):
-    """Return the schema that most requests and answers have in common: topics, in each its partitions."""
+    """Return the schema that most requests and answers have in common: topics, their partitions."""
     return [dict(name=STRING, partitions=[partition])]
 
 
-# name: (key, version, request, answer). A dict is a structure, a list an array of what is in it. Each version is the
-# newest of Kafka 0.11 (for SASL: of 1.0), and Kafka 4 still takes it (KIP-896). An `error` in an answer is raised; a
-# `code` is an error that the caller looks at. https://kafka.apache.org/protocol
+# name: (key, version, request, answer). A dict is a structure, a list an array of what is in it.
+# Kafka 2.2 knows these versions, and Kafka 4 still does (KIP-896). JoinGroup 4 is the one that
+# needs 2.2: before it (KIP-394) a member whose first call was broken off haunted its group. Every
+# error code of an answer is called `error`. https://kafka.apache.org/protocol
 APIS = {
-    "Produce": (0, 3, dict(transactional_id=STRING, acks=INT16, timeout_ms=INT32,
+    "Produce": (0, 7, dict(transactional_id=STRING, acks=INT16, timeout_ms=INT32,
                            topics=by_topic(index=INT32, records=BYTES)),
-                dict(topics=by_topic(index=INT32, code=INT16, offset=INT64, time_ms=INT64), throttle_ms=INT32)),
-    "Fetch": (1, 5, dict(replica_id=INT32, max_wait_ms=INT32, min_bytes=INT32, max_bytes=INT32, isolation_level=INT8,
-                         topics=by_topic(index=INT32, offset=INT64, log_start_offset=INT64, max_bytes=INT32)),
-              dict(throttle_ms=INT32, topics=by_topic(
-                  index=INT32, code=INT16, high_watermark=INT64, last_stable_offset=INT64, log_start_offset=INT64,
-                  aborted=[dict(producer_id=INT64, first_offset=INT64)], records=BYTES))),
-    "ListOffsets": (2, 2, dict(replica_id=INT32, isolation_level=INT8, topics=by_topic(index=INT32, time_ms=INT64)),
-                    dict(throttle_ms=INT32, topics=by_topic(index=INT32, error=INT16, time_ms=INT64, offset=INT64))),
+                dict(topics=by_topic(index=INT32, error=INT16, offset=INT64, time_ms=INT64,
+                                     log_start_offset=INT64), throttle_ms=INT32)),
+    "Fetch": (1, 10, dict(
+        replica_id=INT32, max_wait_ms=INT32, min_bytes=INT32, max_bytes=INT32,
+        isolation_level=INT8, session_id=INT32, session_epoch=INT32, topics=by_topic(
+            index=INT32, leader_epoch=INT32, offset=INT64, log_start_offset=INT64,
+            max_bytes=INT32),
+        forgotten=[dict(name=STRING, partitions=[INT32])]),
+        dict(throttle_ms=INT32, error=INT16, session_id=INT32, topics=by_topic(
+            index=INT32, error=INT16, high_watermark=INT64, last_stable_offset=INT64,
+            log_start_offset=INT64, aborted=[dict(producer_id=INT64, first_offset=INT64)],
+            records=BYTES))),
+    "ListOffsets": (2, 2, dict(replica_id=INT32, isolation_level=INT8,
+                               topics=by_topic(index=INT32, time_ms=INT64)),
+                    dict(throttle_ms=INT32, topics=by_topic(
+                        index=INT32, error=INT16, time_ms=INT64, offset=INT64))),
     "Metadata": (3, 4, dict(topics=[STRING], create=BOOLEAN),
-                 dict(throttle_ms=INT32, brokers=[dict(node=INT32, host=STRING, port=INT32, rack=STRING)],
+                 dict(throttle_ms=INT32,
+                      brokers=[dict(node=INT32, host=STRING, port=INT32, rack=STRING)],
                       cluster_id=STRING, controller=INT32, topics=[dict(
-                          code=INT16, name=STRING, internal=BOOLEAN, partitions=[dict(
-                              code=INT16, index=INT32, leader=INT32, replicas=[INT32], in_sync=[INT32])])])),
-    "OffsetCommit": (8, 3, dict(group=STRING, generation=INT32, member_id=STRING, retention_ms=INT64,
-                                topics=by_topic(index=INT32, offset=INT64, metadata=STRING)),
+                          error=INT16, name=STRING, internal=BOOLEAN, partitions=[dict(
+                              error=INT16, index=INT32, leader=INT32, replicas=[INT32],
+                              in_sync=[INT32])])])),
+    "OffsetCommit": (8, 3, dict(group=STRING, generation=INT32, member_id=STRING,
+                                retention_ms=INT64, topics=by_topic(
+                                    index=INT32, offset=INT64, metadata=STRING)),
                      dict(throttle_ms=INT32, topics=by_topic(index=INT32, error=INT16))),
     "OffsetFetch": (9, 3, dict(group=STRING, topics=[dict(name=STRING, partitions=[INT32])]),
-                    dict(throttle_ms=INT32, topics=by_topic(index=INT32, offset=INT64, metadata=STRING, error=INT16),
-                         error=INT16)),
+                    dict(throttle_ms=INT32, topics=by_topic(
+                        index=INT32, offset=INT64, metadata=STRING, error=INT16), error=INT16)),
     "FindCoordinator": (10, 1, dict(key=STRING, key_type=INT8),
-                        dict(throttle_ms=INT32, error=INT16, message=STRING, node=INT32, host=STRING, port=INT32)),
-    "JoinGroup": (11, 2, dict(group=STRING, session_timeout_ms=INT32, rebalance_timeout_ms=INT32, member_id=STRING,
-                              protocol_type=STRING, protocols=[dict(name=STRING, metadata=BYTES)]),
-                  dict(throttle_ms=INT32, error=INT16, generation=INT32, protocol=STRING, leader=STRING,
-                       member_id=STRING, members=[dict(member_id=STRING, metadata=BYTES)])),
-    "Heartbeat": (12, 1, dict(group=STRING, generation=INT32, member_id=STRING), dict(throttle_ms=INT32, error=INT16)),
-    "LeaveGroup": (13, 1, dict(group=STRING, member_id=STRING), dict(throttle_ms=INT32, error=INT16)),
+                        dict(throttle_ms=INT32, error=INT16, message=STRING, node=INT32,
+                             host=STRING, port=INT32)),
+    "JoinGroup": (11, 4, dict(group=STRING, session_timeout_ms=INT32, rebalance_timeout_ms=INT32,
+                              member_id=STRING, protocol_type=STRING,
+                              protocols=[dict(name=STRING, metadata=BYTES)]),
+                  dict(throttle_ms=INT32, error=INT16, generation=INT32, protocol=STRING,
+                       leader=STRING, member_id=STRING,
+                       members=[dict(member_id=STRING, metadata=BYTES)])),
+    "Heartbeat": (12, 1, dict(group=STRING, generation=INT32, member_id=STRING),
+                  dict(throttle_ms=INT32, error=INT16)),
+    "LeaveGroup": (13, 1, dict(group=STRING, member_id=STRING),
+                   dict(throttle_ms=INT32, error=INT16)),
     "SyncGroup": (14, 1, dict(group=STRING, generation=INT32, member_id=STRING,
                               assignments=[dict(member_id=STRING, assignment=BYTES)]),
                   dict(throttle_ms=INT32, error=INT16, assignment=BYTES)),
     "SaslHandshake": (17, 1, dict(mechanism=STRING), dict(error=INT16, mechanisms=[STRING])),
-    "ApiVersions": (18, 0, {}, dict(error=INT16, apis=[dict(key=INT16, lowest=INT16, highest=INT16)])),
+    "ApiVersions": (18, 0, {}, dict(error=INT16,
+                                    apis=[dict(key=INT16, lowest=INT16, highest=INT16)])),
     "InitProducerId": (22, 0, dict(transactional_id=STRING, timeout_ms=INT32),
-                       dict(throttle_ms=INT32, code=INT16, producer_id=INT64, epoch=INT16)),
+                       dict(throttle_ms=INT32, error=INT16, producer_id=INT64, epoch=INT16)),
     "SaslAuthenticate": (36, 0, dict(data=BYTES), dict(error=INT16, message=STRING, data=BYTES)),
 }
 HEADER = dict(key=INT16, version=INT16, correlation_id=INT32, client_id=STRING)
-SUBSCRIPTION = dict(version=INT16, topics=[STRING], user_data=BYTES)           # what JoinGroup carries
-ASSIGNMENT = dict(version=INT16, topics=[dict(name=STRING, partitions=[INT32])], user_data=BYTES)   # and SyncGroup
+SUBSCRIPTION = dict(version=INT16, topics=[STRING], user_data=BYTES)    # what JoinGroup carries
+ASSIGNMENT = dict(version=INT16, topics=[dict(name=STRING, partitions=[INT32])], user_data=BYTES)
 
+# What an error code asks for: TRY again, after a LOOK at who leads the partition or coordinates the
+# group; REJOIN the group; start again as a member that is EXPELLED; SKIP the record; ask for a new
+# producer id (RENEW); UNSURE: the record may have been written; START at the earliest offset; it is
+# DONE already; or STOP, since trying again is of no use.
+TRY, LOOK, REJOIN, EXPELLED, SKIP = "try", "look", "rejoin", "expelled", "skip"
+RENEW, UNSURE, START, DONE, STOP = "renew", "unsure", "start", "done", "stop"
 ERRORS = {
-    2: "CORRUPT_MESSAGE", 3: "UNKNOWN_TOPIC_OR_PARTITION", 5: "LEADER_NOT_AVAILABLE", 6: "NOT_LEADER_OR_FOLLOWER",
-    7: "REQUEST_TIMED_OUT", 10: "MESSAGE_TOO_LARGE", 14: "COORDINATOR_LOAD_IN_PROGRESS", 16: "NOT_COORDINATOR",
-    15: "COORDINATOR_NOT_AVAILABLE", 17: "INVALID_TOPIC_EXCEPTION", 19: "NOT_ENOUGH_REPLICAS", 22: "ILLEGAL_GENERATION",
-    23: "INCONSISTENT_GROUP_PROTOCOL (the others do without the range assignor)", 24: "INVALID_GROUP_ID",
-    25: "UNKNOWN_MEMBER_ID", 26: "INVALID_SESSION_TIMEOUT", 27: "REBALANCE_IN_PROGRESS", 35: "UNSUPPORTED_VERSION",
-    29: "TOPIC_AUTHORIZATION_FAILED", 30: "GROUP_AUTHORIZATION_FAILED", 31: "CLUSTER_AUTHORIZATION_FAILED",
-    33: "UNSUPPORTED_SASL_MECHANISM", 34: "ILLEGAL_SASL_STATE (is KAFKA_SECURITY_PROTOCOL right?)",
-    58: "SASL_AUTHENTICATION_FAILED (KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD)"}
-REFUSALS = (17, 23, 24, 26, 29, 30, 31, 33, 34, 35, 58)     # trying again mends none of these
-BAD_RECORD = (10, 18, 87)                                   # nor these, which are about one record
-NOT_A_MEMBER = (22, 25, 27)                                 # this generation of the group is over
-NOT_THE_PRODUCER = (45, 47, 59)                             # the broker has forgotten our producer id
+    -1: ("UNKNOWN_SERVER_ERROR", TRY), 1: ("OFFSET_OUT_OF_RANGE", START),
+    2: ("CORRUPT_MESSAGE", TRY), 3: ("UNKNOWN_TOPIC_OR_PARTITION", LOOK),
+    5: ("LEADER_NOT_AVAILABLE", LOOK), 6: ("NOT_LEADER_OR_FOLLOWER", LOOK),
+    7: ("REQUEST_TIMED_OUT", UNSURE), 8: ("BROKER_NOT_AVAILABLE", LOOK),
+    9: ("REPLICA_NOT_AVAILABLE", LOOK), 10: ("MESSAGE_TOO_LARGE", SKIP),
+    13: ("NETWORK_EXCEPTION", UNSURE), 14: ("COORDINATOR_LOAD_IN_PROGRESS", LOOK),
+    15: ("COORDINATOR_NOT_AVAILABLE", LOOK), 16: ("NOT_COORDINATOR", LOOK),
+    17: ("INVALID_TOPIC_EXCEPTION", STOP), 18: ("RECORD_LIST_TOO_LARGE", SKIP),
+    19: ("NOT_ENOUGH_REPLICAS", TRY), 20: ("NOT_ENOUGH_REPLICAS_AFTER_APPEND", UNSURE),
+    22: ("ILLEGAL_GENERATION", EXPELLED),
+    23: ("INCONSISTENT_GROUP_PROTOCOL (the others do without the range assignor)", STOP),
+    24: ("INVALID_GROUP_ID", STOP), 25: ("UNKNOWN_MEMBER_ID", EXPELLED),
+    26: ("INVALID_SESSION_TIMEOUT", STOP),
+    27: ("REBALANCE_IN_PROGRESS", REJOIN), 29: ("TOPIC_AUTHORIZATION_FAILED", STOP),
+    30: ("GROUP_AUTHORIZATION_FAILED", STOP), 31: ("CLUSTER_AUTHORIZATION_FAILED", STOP),
+    32: ("INVALID_TIMESTAMP (is this machine's clock right?)", TRY),
+    33: ("UNSUPPORTED_SASL_MECHANISM", STOP),
+    34: ("ILLEGAL_SASL_STATE (is KAFKA_SECURITY_PROTOCOL right?)", STOP),
+    35: ("UNSUPPORTED_VERSION", STOP), 42: ("INVALID_REQUEST", STOP),
+    43: ("UNSUPPORTED_FOR_MESSAGE_FORMAT", STOP), 44: ("POLICY_VIOLATION", STOP),
+    45: ("OUT_OF_ORDER_SEQUENCE_NUMBER", RENEW), 46: ("DUPLICATE_SEQUENCE_NUMBER", DONE),
+    47: ("INVALID_PRODUCER_EPOCH", RENEW), 56: ("KAFKA_STORAGE_ERROR", LOOK),
+    58: ("SASL_AUTHENTICATION_FAILED (KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD)", STOP),
+    59: ("UNKNOWN_PRODUCER_ID", RENEW), 72: ("LISTENER_NOT_FOUND", LOOK),
+    74: ("FENCED_LEADER_EPOCH", LOOK), 75: ("UNKNOWN_LEADER_EPOCH", LOOK),
+    76: ("UNSUPPORTED_COMPRESSION_TYPE (set the topic's compression.type to lz4)", STOP),
+    78: ("OFFSET_NOT_AVAILABLE", TRY),
+    79: ("MEMBER_ID_REQUIRED", REJOIN), 81: ("GROUP_MAX_SIZE_REACHED", TRY),
+    87: ("INVALID_RECORD (does the topic want keys?)", SKIP),
+    88: ("UNSTABLE_OFFSET_COMMIT", TRY), 89: ("THROTTLING_QUOTA_EXCEEDED", TRY),
+    90: ("PRODUCER_FENCED", RENEW)}
 
-SESSION_MS = 10000              # a killed bot's partitions move after this time; brokers allow 6 s and more
-REBALANCE_MS = 60000            # how long the group waits for a bot that is busy with an update
-HEARTBEAT_SECONDS = 1.0         # also how soon the others hear of a new bot and stand back for it
-FETCH_MS = 500                  # a fetch waits this long, so that SIGTERM and a drain are seen in time
-PARTITION_BYTES = 1 << 16       # a fetch's share for one partition: small, so that none waits long for its turn
-LARGEST_BYTES = 1 << 27         # an answer or an unpacked batch over this is taken for rubbish
+SESSION_MS = 10000              # a killed bot's partitions move after this; brokers allow 6 s on
+REBALANCE_MS = 60000            # the group waits so long for a bot that is busy with updates
+LET_GO_SECONDS = 40             # a reply that cannot be written by then is left to who comes next
+HEARTBEAT_SECONDS = 1.0         # also how soon the others stand back for a new bot
+FETCH_MS = 500                  # a fetch waits this long, and what is left over at most as long
+PARTITION_BYTES = 1 << 16       # a fetch's share for one partition: small, so that none waits long
+LARGEST_BYTES = 1 << 27         # an answer or an unpacked batch over this is malformed
+WINDOW = 500                    # offsets that may be done beyond one that is not
 ANSWER_SECONDS = 15             # a broker's time to answer; it gives its replicas 10 s of that
-CONNECT_SECONDS = 1.5           # SIGTERM cannot break this off, so it is short; it is tried again
+CONNECT_SECONDS = 1.5
 METADATA_SECONDS = 30           # how soon new partitions are found
-FIRST_TRIES = 6                 # some 5 s: what fails as often before any broker has answered is a wrong setting
+UNSURE_SECONDS = 20.0           # after a signal, a write whose outcome is unknown is tried so long
+FIRST_TRIES = 6                 # what fails as often before any broker has answered is a setting
 
 
 class KafkaError(Exception):
-    """An error code of a broker, or bytes that cannot be read (then `code` is 2)."""
+    """An error code of a broker that it may be worth trying again after; `answer` had it."""
 
-    def __init__(self, code, about):
-        super().__init__("%s: %s" % (about, ERRORS.get(code, "Kafka's error %d" % code)))
-        self.code = code
+    def __init__(self, code, about, answer=None):
+        name, self.action = ERRORS.get(code, ("Kafka's error %d" % code, TRY))
+        super().__init__("%s: %s" % (about, name))
+        self.code, self.answer = code, answer
 
 
-def check(code, about):
-    """Raise for an error code: ConfigError where trying again is of no use, else KafkaError. 0 is none."""
-    if code in REFUSALS:
-        raise ConfigError("Kafka refuses %s: %s" % (about, ERRORS[code]), 1)
+class Malformed(Exception):
+    """Bytes that are not what the protocol says."""
+
+
+TROUBLE = (OSError, KafkaError, Malformed)      # what is waited out
+
+
+def check(code, about, answer=None):
+    """Raise for an error code: Refused where trying again is of no use, else KafkaError."""
+    name, action = ERRORS.get(code, ("", TRY))
+    if action == STOP:
+        raise Refused("Kafka refuses %s: %s" % (about, name), code)
     if code:
-        raise KafkaError(code, about)
+        raise KafkaError(code, about, answer)
+
+
+def first_error(answer):
+    """Return the first error code of an answer that is not 0, wherever it is in it; else 0."""
+    if isinstance(answer, dict):
+        return answer.get("error") or first_error(list(answer.values()))
+    if isinstance(answer, list):
+        return next((code for code in map(first_error, answer) if code), 0)
+    return 0
 
 
 def encode(schema, value):
@@ -490,36 +615,36 @@ def encode(schema, value):
     if isinstance(schema, dict):
         return b"".join([encode(kind, value[name]) for name, kind in schema.items()])
     if isinstance(schema, list):
-        return struct.pack(">i", len(value)) + b"".join([encode(schema[0], item) for item in value])
+        items = [encode(schema[0], item) for item in value]
+        return struct.pack(">i", len(value)) + b"".join(items)
     if schema in (STRING, BYTES):
         data = value.encode() if isinstance(value, str) else value
-        return struct.pack(">h" if schema == STRING else ">i", -1 if data is None else len(data)) + (data or b"")
+        size = struct.pack(">h" if schema == STRING else ">i", -1 if data is None else len(data))
+        return size + (data or b"")
     return struct.pack(">" + schema, value)
 
 
 class Decoder:
-    """Reads values out of bytes, one after another. Whatever the bytes are, it raises KafkaError and nothing else."""
+    """Reads values out of bytes, one after another. Whatever they are, it raises but Malformed."""
 
     def __init__(self, data):
-        self.data, self.position, self.error = data, 0, 0
+        self.data, self.position = data, 0
 
     def take(self, size):
         """Return the next `size` bytes, or None for a size of -1, which is Kafka's null."""
         if not -1 <= size <= len(self.data) - self.position:
-            raise KafkaError(2, "%d bytes where %d are left" % (size, len(self.data) - self.position))
+            raise Malformed("%d bytes where %d are left" % (size, len(self.data) - self.position))
         start, self.position = self.position, self.position + max(size, 0)
         return None if size == -1 else self.data[start:self.position]
 
     def value(self, schema):
-        """Return the value that a schema describes. `self.error` keeps the first error code on the way."""
+        """Return the value that a schema describes."""
         if isinstance(schema, dict):
-            value = {name: self.value(kind) for name, kind in schema.items()}
-            self.error = self.error or value.get("error", 0)
-            return value
+            return {name: self.value(kind) for name, kind in schema.items()}
         if isinstance(schema, list):
-            count = self.value(INT32)
-            if not -1 <= count <= len(self.data) - self.position:       # no element is smaller than a byte
-                raise KafkaError(2, "%d elements in %d bytes" % (count, len(self.data) - self.position))
+            count, left = self.value(INT32), len(self.data) - self.position
+            if not -1 <= count <= left:         # no element is smaller than a byte
+                raise Malformed("%d elements in %d bytes" % (count, left))
             return [self.value(schema[0]) for _ in range(count)]
         if schema == BYTES:
             return self.take(self.value(INT32))
@@ -536,13 +661,13 @@ class Decoder:
             number |= (byte & 127) << shift
             if byte < 128:
                 return number >> 1 ^ -(number & 1)
-        raise KafkaError(2, "a number of more than ten bytes")
+        raise Malformed("a number of more than ten bytes")
 
 
-# ---- Kafka: record batches ------------------------------------------------------------------------------------------
+# ---- Kafka: record batches ----------------------------------------------------------------------
 
-BATCH = struct.Struct(">qiibIhiqqqhii")     # the head of a record batch v2 (KIP-98); its checksum covers byte 21 and on
-CODECS = {1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}
+# The head of a record batch v2 (KIP-98); its checksum covers byte 21 and on.
+BATCH = struct.Struct(">qiibIhiqqqhii")
 CRC_TABLE = list(range(256))
 for _ in range(8):
     CRC_TABLE = [number >> 1 ^ (0x82F63B78 if number & 1 else 0) for number in CRC_TABLE]
@@ -566,9 +691,12 @@ def varint(number):
 
 
 def encode_batch(key, value, producer_id, epoch, sequence):
-    """Return a batch of one record. key, value: bytes or None; the rest is what makes a repeat count once (KIP-98)."""
+    """Return a batch of one record.
+
+    key, value: bytes or None; the rest is what makes a repeat count once (KIP-98).
+    """
     parts = [varint(-1) if part is None else varint(len(part)) + part for part in (key, value)]
-    record = b"\0\0\0" + b"".join(parts) + b"\0"        # no attributes, the batch's time and offset; no headers
+    record = b"\0\0\0" + b"".join(parts) + b"\0"    # no attributes, the batch's time, no headers
     record, now_ms = varint(len(record)) + record, int(time.time() * 1000)
     batch = bytearray(BATCH.pack(0, BATCH.size - 12 + len(record), -1, 2, 0, 0, 0, now_ms, now_ms,
                                  producer_id, epoch, sequence, 1) + record)
@@ -579,39 +707,46 @@ def encode_batch(key, value, producer_id, epoch, sequence):
 def decode_batches(data, aborted, topic):
     """Read what Fetch brought of one partition, as read_committed has it.
 
-    data: batches, the last of them perhaps cut short; aborted: the aborted transactions, as the answer lists them.
-    Yields for each batch (the offset after it, [(offset, key, value), ...]), with no records for a control batch or an
-    aborted one. Raises KafkaError where a batch is corrupt, ConfigError where it is in a form that is not read here.
+    data: batches, the last of them perhaps cut short; aborted: the aborted transactions, as the
+    answer lists them. Yields for each batch (the offset after it, [(offset, key, value), ...]),
+    with no records for a control batch or an aborted one. Malformed: a batch is corrupt. Refused:
+    it is in a form that is not read here.
     """
     aborted = sorted(aborted, key=lambda transaction: transaction["first_offset"])
     aborting, start = set(), 0      # the producers in whose aborted transactions we are
     while len(data) - start >= BATCH.size:
-        base, size, _, magic, crc, attributes, last, _, _, producer, _, _, count = BATCH.unpack_from(data, start)
+        (base, size, _, magic, crc, attributes, last, _, _, producer, _, _,
+         count) = BATCH.unpack_from(data, start)
         end = start + 12 + size
-        if magic in (0, 1):
-            raise ConfigError("topic %s has messages in the format before Kafka 0.11: set message.format.version to "
-                              "2.0, and write them again" % topic, 1)
-        if magic != 2 or size < BATCH.size - 12 or last < 0:
-            raise KafkaError(2, "topic %s: the head of the batch at offset %d" % (topic, base))
+        check_head(magic, size, last, "topic %s, the batch at offset %d" % (topic, base))
         if end > len(data):
             break
         if crc32c(data[start + 21:end]) != crc:
-            raise KafkaError(2, "topic %s: the checksum of the batch at offset %d" % (topic, base))
+            raise Malformed("topic %s: the checksum of the batch at offset %d" % (topic, base))
         while aborted and aborted[0]["first_offset"] <= base + last:
             aborting.add(aborted.pop(0)["producer_id"])
-        records = decode_records(decompress(data[start + BATCH.size:end], attributes & 7, topic), count, base)
-        if attributes & 32:         # a control batch: the key of its record says how the transaction has ended
-            if any(key and key[2:4] == b"\0\0" for _, key, _ in records):
-                aborting.discard(producer)
-            records = []
-        yield base + last + 1, [] if attributes & 16 and producer in aborting else records
+        body = decompress(data[start + BATCH.size:end], attributes & 7, topic)
+        records = decode_records(body, count, base)
+        if attributes & 32 and any(key and key[2:4] == b"\0\0" for _, key, _ in records):
+            aborting.discard(producer)      # the key of a control batch: its transaction is aborted
+        skipped = attributes & 32 or attributes & 16 and producer in aborting
+        yield base + last + 1, [] if skipped else records
         start = end
     if data and not start:          # brokers send one batch whole, however large
-        raise KafkaError(2, "topic %s: a batch that is cut short" % topic)
+        raise Malformed("topic %s: a batch that is cut short" % topic)
+
+
+def check_head(magic, size, last, place):
+    if magic in (0, 1):
+        raise Refused(place + " is in the format before Kafka 0.11, which is not read: write it "
+                      "again with a newer client, and move the group past it with "
+                      "kafka-consumer-groups --reset-offsets")
+    if magic != 2 or size < BATCH.size - 12 or last < 0:
+        raise Malformed(place + ": its head")
 
 
 def decode_records(data, count, base):
-    """Return [(offset, key, value), ...] for the `count` records of a batch that begins at offset `base`."""
+    """Return [(offset, key, value), ...] for the `count` records of a batch from `base` on."""
     decoder, records = Decoder(data), []
     for _ in range(count):
         end = decoder.varint() + decoder.position
@@ -620,33 +755,154 @@ def decode_records(data, count, base):
         offset = base + decoder.varint()
         records.append((offset, decoder.take(decoder.varint()), decoder.take(decoder.varint())))
         if not decoder.position <= end <= len(data):
-            raise KafkaError(2, "the length of the record at offset %d" % offset)
+            raise Malformed("the length of the record at offset %d" % offset)
         decoder.position = end  # over the headers
     return records
 
 
 def decompress(data, codec, topic):
-    """Return the records of a batch, unpacked. ConfigError for a codec that this Python does not have."""
+    """Return the records of a batch, unpacked. Refused: this Python cannot read the codec."""
+    name, unpack = {1: ("gzip", gunzip), 2: ("snappy", unsnappy), 3: ("lz4", unlz4),
+                    4: ("zstd", unzstd)}.get(codec, ("codec %d" % codec, None))
     try:
         if not codec:
             return data
-        if codec not in (1, 4):
+        if not unpack:
             raise ImportError
-        zstd = importlib.import_module("compression.zstd") if codec == 4 else None      # from Python 3.14 on
-        unpacker = zstd.ZstdDecompressor() if zstd else zlib.decompressobj(31)
-        data = unpacker.decompress(data, LARGEST_BYTES)
+        return unpack(data)
     except ImportError:
-        raise ConfigError("topic %s has messages compressed with %s, which this Python cannot read: set the topic's "
-                          "compression.type to gzip" % (topic, CODECS.get(codec, "codec %d" % codec)), 1)
-    except Exception as error:      # zlib.error, ZstdError: each library has its own
-        raise KafkaError(2, "topic %s: a compressed batch (%s)" % (topic, error))
+        raise Refused("topic %s has messages compressed with %s, which this Python cannot read: "
+                      "use Python 3.14 or newer; or set the topic's compression.type to lz4, and "
+                      "move the group past them with kafka-consumer-groups --reset-offsets"
+                      % (topic, name))
+    except Exception as error:      # zlib.error, ZstdError, IndexError: each has its own
+        raise Malformed("topic %s: a batch compressed with %s (%r)" % (topic, name, error))
+
+
+def gunzip(data):
+    return unpacked(zlib.decompressobj(31), data)
+
+
+def unzstd(data):
+    return unpacked(importlib.import_module("compression.zstd").ZstdDecompressor(), data)
+
+
+def unpacked(unpacker, data):
+    data = unpacker.decompress(data, LARGEST_BYTES)
     if not unpacker.eof:
-        raise KafkaError(2, "topic %s: a compressed batch that is cut short or huge" % topic)
+        raise ValueError("it is cut short or huge")
     return data
 
 
+def unsnappy(data):
+    """Unpack snappy: one block, or blocks in the framing that snappy-java writes.
+
+    https://github.com/google/snappy/blob/main/format_description.txt; snappy-java's head is a name
+    of 8 bytes and two versions, and each block has its size before it.
+    """
+    out = bytearray()
+    if not data.startswith(b"\x82SNAPPY\0"):
+        unsnappy_block(data, out)
+    else:
+        decoder = Decoder(data)
+        decoder.take(16)
+        while decoder.position < len(data):
+            unsnappy_block(decoder.value(BYTES), out)
+    return bytes(out)
+
+
+def unsnappy_block(data, out):
+    expected = at = shift = 0
+    while not at or data[at - 1] > 127:
+        expected |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+    expected += len(out)
+    while at < len(data):
+        kind, number = data[at] & 3, data[at] >> 2
+        at += 1
+        if kind:                # a copy; its distance is in the next 1, 2 or 4 bytes
+            width = (0, 1, 2, 4)[kind]
+            distance = int.from_bytes(data[at:at + width], "little")
+            size = number + 1
+            if kind == 1:       # 3 bits of this byte are the distance's upper ones
+                distance, size = distance | number >> 3 << 8, (number & 7) + 4
+            at += width
+            copy_back(out, distance, size)
+        else:                   # a literal; a size over 60 is in the next 1 to 4 bytes
+            width = max(0, number - 59)
+            size = (int.from_bytes(data[at:at + width], "little") if width else number) + 1
+            at += width + size
+            out += data[at - size:at]
+    if at != len(data) or len(out) != expected:
+        raise ValueError("%d bytes where %d were announced" % (len(out), expected))
+
+
+def unlz4(data):
+    """Unpack LZ4 frames: https://github.com/lz4/lz4/blob/dev/doc/lz4_Frame_format.md
+
+    Its checksums are not looked at: the batch has one, and older clients wrote wrong ones.
+    """
+    out, at = bytearray(), 0
+    while at < len(data):
+        if data[at:at + 4] != b"\x04\x22\x4d\x18":
+            raise ValueError("the head of the frame")
+        flags = data[at + 4]
+        at += 7 + (8 if flags & 8 else 0) + (4 if flags & 1 else 0)
+        while True:
+            size = struct.unpack_from("<I", data, at)[0]
+            at += 4
+            if not size:
+                break
+            block = data[at:at + (size & 0x7FFFFFFF)]
+            at += len(block) + (4 if flags & 16 else 0)
+            if len(block) != size & 0x7FFFFFFF:
+                raise ValueError("it is cut short")
+            if size >> 31:      # the block is stored as it is
+                out += block
+            else:
+                unlz4_block(block, out)
+        at += 4 if flags & 4 else 0
+    return bytes(out)
+
+
+def unlz4_block(data, out):
+    at = 0
+    while True:
+        token = data[at]
+        size, at = lz4_size(token >> 4, data, at + 1)
+        if at + size > len(data):
+            raise ValueError("a literal that is cut short")
+        out += data[at:at + size]
+        at += size
+        if at == len(data):     # the last sequence has no copy
+            return
+        distance = data[at] | data[at + 1] << 8
+        size, at = lz4_size(token & 15, data, at + 2)
+        copy_back(out, distance, size + 4)
+
+
+def lz4_size(size, data, at):
+    """Return a size and the place after it; 15 goes on in the next bytes, up to one below 255."""
+    more = 255 if size == 15 else 0
+    while more == 255:
+        more = data[at]
+        size, at = size + more, at + 1
+    return size, at
+
+
+def copy_back(out, distance, size):
+    """Append `size` bytes from `distance` bytes before the end of `out` on; they may overlap it."""
+    start = len(out) - distance
+    if start < 0 or not distance or len(out) + size > LARGEST_BYTES:
+        raise ValueError("a copy of %d bytes from %d before" % (size, distance))
+    while size > 0:
+        piece = out[start:start + size]
+        out += piece
+        size -= len(piece)
+
+
 def murmur2(key):
-    """Return the hash by which the Java client spreads keys over partitions (modulo their number)."""
+    """Return the hash by which Java's client spreads keys over partitions, modulo their number."""
     mask, mix, whole = 0xFFFFFFFF, 0x5BD1E995, len(key) & ~3
     number = 0x9747B28C ^ len(key)
     for start in range(0, whole, 4):
@@ -658,46 +914,75 @@ def murmur2(key):
     return (number ^ number >> 15) & 0x7FFFFFFF
 
 
-# ---- Kafka: connections ---------------------------------------------------------------------------------------------
+# ---- Kafka: connections -------------------------------------------------------------------------
+
+CHOICES = {"KAFKA_SECURITY_PROTOCOL": ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"),
+           "KAFKA_SASL_MECHANISM": ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")}
+
 
 def kafka_settings(environ):
-    """Return the variables about Kafka, checked, as attributes. ConfigError names the one that is wrong."""
-    for name in ("KAFKA_BROKERS", "KAFKA_INCOMING_TOPIC", "KAFKA_OUTGOING_TOPIC", "KAFKA_CONSUMER_GROUP", "BOT_TOKEN"):
+    """Return the variables about Kafka as attributes. ConfigError names the one that is wrong."""
+    for name in ("KAFKA_BROKERS", "KAFKA_INCOMING_TOPIC", "KAFKA_OUTGOING_TOPIC",
+                 "KAFKA_CONSUMER_GROUP", "BOT_TOKEN"):
         if not environ.get(name):
             raise ConfigError("%s is not set" % name)
-    brokers = [re.match(r"\s*\[?([^\s\[\]]+?)\]?:(\d{1,5})\s*$", part) for part in environ["KAFKA_BROKERS"].split(",")]
-    if not all(match and 0 < int(match.group(2)) < 65536 for match in brokers):
-        raise ConfigError("KAFKA_BROKERS=%r: expected HOST:PORT, or several with commas" % environ["KAFKA_BROKERS"])
-    for name, choices in (("KAFKA_SECURITY_PROTOCOL", ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")),
-                          ("KAFKA_SASL_MECHANISM", ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"))):
+    for name, choices in CHOICES.items():
         if (environ.get(name) or choices[0]) not in choices:
-            raise ConfigError("%s=%r: expected one of %s" % (name, environ[name], ", ".join(choices)))
+            raise ConfigError("%s=%r: expected one of %s"
+                              % (name, environ[name], ", ".join(choices)))
     protocol = environ.get("KAFKA_SECURITY_PROTOCOL") or "PLAINTEXT"
-    mechanism = (environ.get("KAFKA_SASL_MECHANISM") or "PLAIN") if protocol.startswith("SASL") else None
-    if mechanism and not (environ.get("KAFKA_SASL_USERNAME") and environ.get("KAFKA_SASL_PASSWORD")):
+    mechanism = environ.get("KAFKA_SASL_MECHANISM") or "PLAIN"
+    if protocol.startswith("SASL") and not (environ.get("KAFKA_SASL_USERNAME")
+                                            and environ.get("KAFKA_SASL_PASSWORD")):
         raise ConfigError("%s needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD" % protocol)
-    try:
-        tls = protocol.endswith("SSL") and ssl.create_default_context(cafile=environ.get("KAFKA_SSL_CAFILE") or None)
-    except OSError as error:
-        raise ConfigError("KAFKA_SSL_CAFILE=%r: %s" % (environ.get("KAFKA_SSL_CAFILE"), error))
     return types.SimpleNamespace(
-        brokers=[(match.group(1), int(match.group(2))) for match in brokers], tls=tls, mechanism=mechanism,
+        brokers=broker_list(environ["KAFKA_BROKERS"]),
+        tls=tls_context(environ) if protocol.endswith("SSL") else None,
+        mechanism=mechanism if protocol.startswith("SASL") else None,
         username=environ.get("KAFKA_SASL_USERNAME"), password=environ.get("KAFKA_SASL_PASSWORD"),
         incoming=environ["KAFKA_INCOMING_TOPIC"], outgoing=environ["KAFKA_OUTGOING_TOPIC"],
         dead_letters=environ.get("KAFKA_DEAD_LETTER_TOPIC"), group=environ["KAFKA_CONSUMER_GROUP"],
         bot_id=environ.get("BOT_ID"), token=environ["BOT_TOKEN"])
 
 
-class Connection:
-    """A connection to one broker, logged in; one request at a time. To be closed after whatever it raises.
+def broker_list(text):
+    """Return [(host, port), ...] of KAFKA_BROKERS."""
+    brokers = [re.match(r"\s*\[?([^\s\[\]@/]+?)\]?:([0-9]{1,5})\s*$", part)
+               for part in text.split(",")]
+    if not all(match and 0 < int(match.group(2)) < 65536 for match in brokers):
+        raise ConfigError("KAFKA_BROKERS=%r: expected HOST:PORT, or several with commas"
+                          % re.sub("[^,]*@", "...@", text))
+    return [(match.group(1), int(match.group(2))) for match in brokers]
 
-    It raises OSError (the network), KafkaError (the answer), ConfigError (a refusal, a certificate, a broker too old),
-    and Interrupted when give_up() is true, which it asks several times a second.
+
+def tls_context(environ):
+    """Return the TLS context for KAFKA_SSL_CAFILE, KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE."""
+    names = ["KAFKA_SSL_CAFILE", "KAFKA_SSL_CERTFILE", "KAFKA_SSL_KEYFILE"]
+    authority, certificate, key = (environ.get(name) or None for name in names)
+    if key and not certificate:
+        raise ConfigError("KAFKA_SSL_KEYFILE needs KAFKA_SSL_CERTFILE")
+    wrong = "KAFKA_SSL_CAFILE=%r" % authority
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        if certificate:
+            wrong = "KAFKA_SSL_CERTFILE=%r, KAFKA_SSL_KEYFILE=%r" % (certificate, key)
+            context.load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise ConfigError("%s: expected PEM files without a password (%s)" % (wrong, error))
+    return context
+
+
+class Connection:
+    """A connection to one broker, logged in; one request at a time.
+
+    It raises OSError (the network), Malformed or KafkaError (the answer), Refused (a login, a
+    certificate, a broker too old), and Interrupted when ended() is true, which it asks several
+    times a second. After a KafkaError it may be used again, after any other it is to be closed.
     """
 
-    def __init__(self, address, settings, give_up):
-        self.name, self.settings, self.give_up = "%s:%d" % address, settings, give_up
-        self.asking, self.count = ("TLS", {}), 0
+    def __init__(self, address, settings, ended):
+        self.name, self.settings, self.ended = "%s:%d" % address, settings, ended
+        self.correlation_id, self.used_at = 0, time.monotonic()
         try:
             self.socket = socket.create_connection(address, CONNECT_SECONDS)
         except OSError as error:
@@ -707,51 +992,58 @@ class Connection:
             if settings.tls:
                 self.socket = settings.tls.wrap_socket(self.socket, server_hostname=address[0],
                                                        do_handshake_on_connect=False)
-                self._wait(self.socket.do_handshake, ANSWER_SECONDS)
+                self._wait(self.socket.do_handshake, ANSWER_SECONDS, "TLS")
             self._log_in()
-        except BaseException as error:
+        except ssl.SSLCertVerificationError as error:
             self.socket.close()
-            if isinstance(error, ssl.SSLCertVerificationError):
-                raise ConfigError("%s: %s" % (self.name, error), 1)
+            raise Refused("%s: %s" % (self.name, error))
+        except BaseException:
+            self.socket.close()
             raise
 
-    def _wait(self, operation, seconds):
+    def _wait(self, operation, seconds, about):
         """Return operation(), which is tried again each time the socket's time-out ends it."""
         deadline = time.monotonic() + seconds
         self.socket.settimeout(0.2)
-        while not self.give_up():
+        while not self.ended():
             try:
                 return operation()
             except socket.timeout:
                 if time.monotonic() > deadline:
-                    raise socket.timeout("%s has not answered %s for %d s" % (self.name, self.asking[0], seconds))
+                    raise socket.timeout("%s has not answered %s for %d s"
+                                         % (self.name, about, seconds))
         raise Interrupted
 
     def _log_in(self):
-        apis = {api["key"]: range(api["lowest"], api["highest"] + 1) for api in self.call("ApiVersions", {})["apis"]}
-        mechanism, username, password = self.settings.mechanism, self.settings.username, self.settings.password
+        apis = {api["key"]: range(api["lowest"], api["highest"] + 1)
+                for api in self.call("ApiVersions", {})["apis"]}
+        mechanism, username = self.settings.mechanism, self.settings.username
         for name, (key, version, _, _) in APIS.items():
             if version not in apis.get(key, ()) and (mechanism or not name.startswith("Sasl")):
-                raise ConfigError("%s is not a Kafka from 0.11 on (with SASL: 1.0): it does not take %s version %d"
-                                  % (self.name, name, version), 1)
+                raise Refused("%s is not a Kafka from 2.2 on: it does not take %s version %d"
+                              % (self.name, name, version))
         if mechanism:
             self.call("SaslHandshake", dict(mechanism=mechanism))
         if mechanism == "PLAIN":            # RFC 4616
-            self.call("SaslAuthenticate", dict(data=("\0%s\0%s" % (username, password)).encode()))
+            login = "\0%s\0%s" % (username, self.settings.password)
+            self.call("SaslAuthenticate", dict(data=login.encode()))
         elif mechanism:
-            self._scram({"SCRAM-SHA-256": "sha256", "SCRAM-SHA-512": "sha512"}[mechanism], username, password)
+            algorithm = {"SCRAM-SHA-256": "sha256", "SCRAM-SHA-512": "sha512"}[mechanism]
+            self._scram(algorithm, username, self.settings.password)
 
     def _scram(self, algorithm, username, password):
-        """RFC 5802 without channel binding: each side proves that it knows the password, and tells it to nobody."""
+        """RFC 5802 without channel binding: each side proves that it knows the password."""
         def mac(key, data):
             return hmac.new(key, data, algorithm).digest()
 
         nonce = base64.b64encode(os.urandom(24)).decode()
         opening = "n=%s,r=%s" % (username.replace("=", "=3D").replace(",", "=2C"), nonce)
-        challenge = self.call("SaslAuthenticate", dict(data=("n,," + opening).encode()))["data"] or b""
+        answer = self.call("SaslAuthenticate", dict(data=("n,," + opening).encode()))
+        challenge = answer["data"] or b""
         fields = re.match(rb"r=([^,]+),s=([^,]+),i=(\d{4,6})$", challenge)
-        if not fields or not fields.group(1).startswith(nonce.encode()) or int(fields.group(3)) < 4096:
-            raise KafkaError(2, "the SCRAM challenge of " + self.name)
+        if not (fields and fields.group(1).startswith(nonce.encode())
+                and int(fields.group(3)) >= 4096):
+            raise Malformed("the SCRAM challenge of " + self.name)
         salt, rounds = base64.b64decode(fields.group(2) + b"==="), int(fields.group(3))
         salted = hashlib.pbkdf2_hmac(algorithm, password.encode(), salt, rounds)
         closing, client_key = b"c=biws,r=" + fields.group(1), mac(salted, b"Client Key")
@@ -760,94 +1052,128 @@ class Connection:
         proof = base64.b64encode(bytes(a ^ b for a, b in zip(client_key, signature)))
         answer = self.call("SaslAuthenticate", dict(data=closing + b",p=" + proof))
         if answer["data"] != b"v=" + base64.b64encode(mac(mac(salted, b"Server Key"), signed)):
-            raise ConfigError("%s does not know the password of %s itself" % (self.name, username), 1)
+            raise Refused("%s does not know the password of %s itself" % (self.name, username))
 
-    def call(self, api, request, seconds=ANSWER_SECONDS):
-        """Send a request and return its answer. Raises the first `error` that is in it."""
-        key, version, schema, _ = APIS[api]
-        self.asking, self.count = (api, request), self.count + 1
-        frame = encode(HEADER, dict(key=key, version=version, correlation_id=self.count, client_id="echo-bot"))
-        frame += encode(schema, request)
+    def call(self, api, request, seconds=ANSWER_SECONDS, errors=True):
+        """Send a request and return its answer; with `errors`, raise the first error code in it."""
+        key, version, schema, expected = APIS[api]
+        self.correlation_id += 1
+        head = dict(key=key, version=version, correlation_id=self.correlation_id,
+                    client_id="echo-bot")
+        frame = encode(HEADER, head) + encode(schema, request)
         self.socket.settimeout(ANSWER_SECONDS)
         self.socket.sendall(struct.pack(">i", len(frame)) + frame)
-        return self.receive(seconds)
-
-    def receive(self, seconds):
-        """Return the answer to the request that was sent last; `call` does so, unless it was Interrupted."""
-        api, request = self.asking
-        size, correlation_id = struct.unpack(">ii", self._read(8, seconds))
-        if correlation_id != self.count or not 4 <= size <= LARGEST_BYTES:
-            raise KafkaError(2, "the head of an answer of " + self.name)
-        decoder = Decoder(self._read(size - 4, seconds))
-        answer = decoder.value(APIS[api][3])
-        if decoder.error:
-            names = [topic if isinstance(topic, str) else topic["name"] for topic in request.get("topics", ())]
-            check(decoder.error, "%s (%s)" % (api, ", ".join(names) or request.get("group") or self.name))
+        size, correlation_id = struct.unpack(">ii", self._read(8, seconds, api))
+        if correlation_id != self.correlation_id or not 4 <= size <= LARGEST_BYTES:
+            raise Malformed("the head of an answer of " + self.name)
+        decoder = Decoder(self._read(size - 4, seconds, api))
+        self.used_at = time.monotonic()
+        answer = decoder.value(expected)
+        code = first_error(answer) if errors else 0
+        if code:
+            names = [getattr(topic, "get", {"name": topic}.get)("name")
+                     for topic in request.get("topics", ())]
+            about = ", ".join(names) or request.get("group") or self.name
+            check(code, "%s (%s)" % (api, about), answer)
         if decoder.position != len(decoder.data):
-            raise KafkaError(2, "the length of an answer of " + self.name)
+            raise Malformed("the length of an answer of " + self.name)
         return answer
 
-    def _read(self, size, seconds):
+    def _read(self, size, seconds, api):
         data = bytearray()
         while len(data) < size:
-            part = self._wait(lambda: self.socket.recv(min(size - len(data), 1 << 20)), seconds)
+            left = min(size - len(data), 1 << 20)
+            part = self._wait(lambda: self.socket.recv(left), seconds, api)     # noqa: B023
             if not part:
-                raise ConnectionResetError("%s hung up without answering %s" % (self.name, self.asking[0]))
+                raise ConnectionResetError("%s hung up without answering %s" % (self.name, api))
             data += part
         return bytes(data)
 
 
 class Cluster:
-    """The connections of one thread, and what it has been told about the brokers. Raises what Connection does."""
+    """The connections of one thread, and what it was told about the brokers, by address.
 
-    def __init__(self, settings, give_up):
-        self.settings, self.give_up, self.known, self.reached = settings, give_up, set(settings.brokers), False
-        self.connections, self.leaders, self.coordinator_at = {}, {}, None
+    An address is (host, port). It raises what Connection does.
+    """
 
-    def connection(self, address):
-        """Return the connection to a broker, a new one where there is none."""
-        if address not in self.connections:
-            self.connections[address] = Connection(address, self.settings, self.give_up)
-        return self.connections[address]
+    def __init__(self, settings, ended):
+        self.settings, self.ended = settings, ended
+        self.brokers = set(settings.brokers)      # their addresses
+        self.connections = {}
+        self.looked = {}            # topic: (when, {partition: its leader's address, or None})
+        self.coordinator_at = None
 
-    def any(self):
-        """Return a connection to one of the brokers, whichever takes it, an open one first."""
+    def call(self, address, api, request, **options):
+        """Call a broker. What broke its connection closes it; the next call opens a new one."""
+        connection = self.connections.get(address)
+        if connection and is_stale(connection.socket, connection.used_at):
+            self._close(address)
+        try:
+            if address not in self.connections:
+                self.connections[address] = Connection(address, self.settings, self.ended)
+            return self.connections[address].call(api, request, **options)
+        except KafkaError:
+            raise
+        except BaseException:
+            self._close(address)
+            raise
+
+    def call_any(self, api, request, **options):
+        """Call one of the brokers, whichever takes it, one with an open connection first."""
+        def rank(address):
+            return address not in self.connections, random.random()
+
         failure = None
-        for address in sorted(self.known, key=lambda address: (address not in self.connections, random.random())):
+        for address in sorted(self.brokers, key=rank):
             try:
-                return self.connection(address)
+                return self.call(address, api, request, **options)
             except OSError as error:
                 failure = error
         raise failure
 
-    def find(self, topic, create=False):
-        """Return {partition: (host, port) of its leader, or None}, asked for anew; {} where there is no such topic."""
-        answer = self.any().call("Metadata", dict(topics=[topic], create=create))
-        brokers = {broker["node"]: (broker["host"], broker["port"]) for broker in answer["brokers"]}
-        self.known = set(brokers.values()) | set(self.settings.brokers)
+    def leaders(self, topic, create=False):
+        """Return {partition: its leader's address, or None}; {} where there is no such topic."""
+        looked_at, leaders = self.looked.get(topic, (0, None))
+        keep = METADATA_SECONDS if leaders and all(leaders.values()) else 0.5
+        if leaders is not None and time.monotonic() < looked_at + keep:
+            return leaders
+        answer = self.call_any("Metadata", dict(topics=[topic], create=create), errors=False)
+        brokers = {broker["node"]: (broker["host"], broker["port"])
+                   for broker in answer["brokers"]}
+        self.brokers = set(brokers.values()) | set(self.settings.brokers)
+        leaders = {}
         for found in answer["topics"]:
-            check(found["code"] if found["code"] != 3 else 0, "topic " + topic)
-            self.leaders[topic] = {part["index"]: brokers.get(part["leader"]) for part in found["partitions"]}
-        return self.leaders[topic]
+            if found["error"] != 3:         # UNKNOWN_TOPIC_OR_PARTITION
+                check(found["error"], "topic " + topic)
+            leaders = {part["index"]: brokers.get(part["leader"]) for part in found["partitions"]}
+        self.looked[topic] = time.monotonic(), leaders
+        return leaders
 
     def coordinator(self):
-        """Return the connection to the broker that keeps the group."""
+        """Return the address of the broker that keeps the group."""
         if not self.coordinator_at:
-            answer = self.any().call("FindCoordinator", dict(key=self.settings.group, key_type=0))
-            self.coordinator_at, self.reached = (answer["host"], answer["port"]), True
-        return self.connection(self.coordinator_at)
+            answer = self.call_any("FindCoordinator", dict(key=self.settings.group, key_type=0))
+            self.coordinator_at = answer["host"], answer["port"]
+        return self.coordinator_at
 
-    def forget(self):
-        """Close every connection, and take nothing for granted that was true before."""
-        for connection in self.connections.values():
-            connection.socket.close()
-        self.connections, self.leaders, self.coordinator_at = {}, {}, None
+    def look_again(self):
+        """Take nothing for granted that brokers have told of leaders and the coordinator."""
+        self.looked.clear()
+        self.coordinator_at = None
+
+    def close(self):
+        for address in list(self.connections):
+            self._close(address)
+
+    def _close(self, address):
+        if address in self.connections:
+            self.connections.pop(address).socket.close()
 
 
-# ---- Kafka: the consumer group --------------------------------------------------------------------------------------
+# ---- Kafka: the consumer group ------------------------------------------------------------------
 
 def assign_ranges(members, counts):
-    """Share partitions out as the Java client's range assignor does: {member: {topic: [partition, ...]}}.
+    """Share partitions out as Java's range assignor does: {member: {topic: [partition, ...]}}.
 
     members: {member: its topics}; counts: {topic: the number of its partitions}.
     """
@@ -862,381 +1188,804 @@ def assign_ranges(members, counts):
 
 
 class Partition:
-    """A partition that we read: `position` is the next offset to fetch, `committed` the group's; None: the earliest."""
+    """A partition that we read in one generation of the group. Member.changed guards it.
 
-    def __init__(self, index, committed):
-        self.index, self.position, self.committed = index, committed, committed
-        self.batches, self.records = iter(()), []
+    What is done although something before it is not stands in the metadata of the commit, as
+    "done:2,5" (counted from the committed offset), so that whoever comes next does not do it again.
+    """
 
-    def next_record(self):
-        """Return (offset, key, value), or None where nothing fetched is left. Raises what decode_batches does."""
-        while not self.records:
-            after, records = next(self.batches, (None, None))
-            if after is None:
-                return None
-            self.records = [record for record in records if record[0] >= self.position][::-1]
-            self.position = after
-        return self.records.pop()
+    def __init__(self, index, offset, metadata):
+        """offset, metadata: what the group has committed; an offset of -1 is none."""
+        listed = re.match(r"done:([0-9,]+)$", metadata or "")
+        beyond = [int(part) for part in listed.group(1).split(",") if part] if listed else []
+        self.index = index
+        self.position = offset if offset >= 0 else None     # the next to fetch; None: the earliest
+        self.records = collections.deque()      # fetched: (offset, key, value)
+        self.in_hand = set()                    # offsets that are not done
+        self.done = {offset + number for number in beyond}
+        self.committed = (offset, frozenset(self.done)) if offset >= 0 else None
+        self.rests_until = 0.0                  # when to fetch it again, after a batch was corrupt
+
+    def progress(self):
+        """Return (the offset before which all is done, what is done beyond), or None: unknown."""
+        following = self.records[0][0] if self.records else self.position
+        if following is None:
+            return None
+        mark = min(self.in_hand | {following})
+        self.done = {offset for offset in self.done if offset >= mark}
+        return mark, frozenset(self.done)
+
+    def fill(self, after, records):
+        """Keep fetched records; the next fetch begins at offset `after`."""
+        self.records.extend(record for record in records
+                            if record[0] >= self.position and record[0] not in self.done)
+        self.position = after
+
+    def may_be_handed_out(self):
+        """Return whether there is a record to hand out."""
+        return bool(self.records) and len(self.done) < WINDOW
+
+    def start_anew(self):
+        """Begin at the earliest offset, since the next one is not there any more."""
+        self.position, self.done = None, set()
+
+    def is_told(self, offset):
+        """Return whether the group knows that an offset is done."""
+        return bool(self.committed) and (self.committed[0] > offset or offset in self.committed[1])
+
+
+JOINING, STABLE, REBALANCING = "joining", "stable", "rebalancing"
+FENCED, LEFT = "fenced", "left"
 
 
 class Member:
-    """Our part in one generation of the consumer group: from JoinGroup until `over`, of which a heartbeat learns."""
+    """Our part in the consumer group, on a thread that alone talks to the group's coordinator.
 
-    def __init__(self, settings, cluster, last):
-        """last: what we were in the generation before, or None."""
-        self.settings, self.cluster, self.id, self.generation = settings, cluster, last.id if last else "", -1
-        self.partitions, self.count = [], None      # count: of the topic's partitions; only the group's leader knows
-        self.joining, self.over, self.ended = None, True, threading.Event()
-        if last:
-            last.ended.set()
+    It joins, sends heartbeats, commits what is done, and leaves. Its states:
 
-    def fields(self, **more):
-        """Return `more` and the fields by which the group knows us."""
-        return dict(more, group=self.settings.group, generation=self.generation, member_id=self.id)
+        JOINING      until the group has shared out the partitions: STABLE. Nothing is in hand.
+        STABLE       updates are taken
+        REBALANCING  others come or go, or the topic has grown: nothing more is taken. When nothing
+                     is in hand and all is committed, or after LET_GO_SECONDS: JOINING
+        FENCED       from any of the above, when the group has expelled us: what is in hand belongs
+                     to others. When nothing is in hand: JOINING
+        LEFT         by leave(), when nothing is in hand; for good
+    """
 
-    def join(self):
-        """Take part in the group's next generation; that waits until each other member is done with its update."""
-        topic, seconds = self.settings.incoming, REBALANCE_MS / 1000 + 5
-        subscription = encode(SUBSCRIPTION, dict(version=0, topics=[topic], user_data=b""))
-        self.joining = connection = self.cluster.coordinator()
-        answer = connection.call("JoinGroup", self.fields(
-            session_timeout_ms=SESSION_MS, rebalance_timeout_ms=REBALANCE_MS, protocol_type="consumer",
-            protocols=[dict(name="range", metadata=subscription)]), seconds)
-        self.joining, self.id, self.generation = None, answer["member_id"], answer["generation"]
-        shares = self._assign(answer["members"]) if answer["leader"] == self.id else []
-        share = connection.call("SyncGroup", self.fields(assignments=shares), seconds)["assignment"]
-        topics = Decoder(share).value(ASSIGNMENT)["topics"] if share else []
-        indexes = [index for entry in topics if entry["name"] == topic for index in entry["partitions"]]
-        answer = connection.call("OffsetFetch", self.fields(topics=[dict(name=topic, partitions=indexes)]))
-        self.partitions = [Partition(part["index"], part["offset"] if part["offset"] >= 0 else None)
-                           for entry in answer["topics"] for part in entry["partitions"]]
-        self.over = False
-        threading.Thread(target=self._beat, daemon=True).start()
-        log.info("group %s, generation %d: partitions %s of %s", self.settings.group, self.generation,
-                 ", ".join(map(str, indexes)) or "none", topic)
+    def __init__(self, settings):
+        self.settings, self.id, self.generation = settings, "", -1
+        self.partition_count = None     # of the topic; only the group's leader knows it
+        self.failures = 0           # in a row
+        self.reached = False        # whether a coordinator has ever answered
+        self.beat_at = 0.0          # when the next heartbeat is due
+        self.leave_by = None        # set by leave(): when to stop trying
+        self.leaving = False
+        self.changed = threading.Condition()        # guards what follows, and the partitions
+        self.state, self.partitions = JOINING, []
+        self.hands = 0              # receipts whose updates are neither done nor given up
+        self.heard_at = 0.0         # when the group last knew us
+        self.rebalance_at = 0.0     # when the state became REBALANCING
+        self.failure = None         # what has ended the thread: the bot ends with it
+        self.cluster = Cluster(settings, self._is_over)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
-    def _assign(self, members):
-        """Return each member's share: what its leader tells the group in SyncGroup."""
-        topics = {member["member_id"]: Decoder(member["metadata"] or b"").value(SUBSCRIPTION)["topics"]
-                  for member in members}
-        counts = {topic: len(self.cluster.find(topic)) for topic in sorted(set(sum(topics.values(), [])))}
-        self.count = counts[self.settings.incoming]
-        return [dict(member_id=member, assignment=encode(ASSIGNMENT, dict(version=0, user_data=b"", topics=[
-            dict(name=topic, partitions=share) for topic, share in shares.items()])))
-            for member, shares in assign_ranges(topics, counts).items()]
+    # What other threads call.
 
-    def _beat(self):
-        """Send heartbeats, on a thread and connections of its own, until the generation has `ended` for us."""
-        cluster, trouble = Cluster(self.settings, self.ended.is_set), False
-        while not self.ended.wait(HEARTBEAT_SECONDS):
-            try:
-                cluster.coordinator().call("Heartbeat", self.fields(), SESSION_MS / 3000)
-                trouble = False
-            except Interrupted:
-                break
-            except (OSError, KafkaError, ConfigError) as error:
-                if getattr(error, "code", 0) in NOT_A_MEMBER:
-                    self.over = True    # and go on: the group waits for a member only while its heart beats
-                    continue
-                if not trouble:
-                    log.warning("no heartbeat: %s", error)
-                trouble = True
-                cluster.forget()
-        cluster.forget()
+    def is_stable(self, seconds):
+        """Return whether updates may be taken, within `seconds`. Raises what ended the thread."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.state == STABLE or self.failure, seconds)
+            if self.failure:
+                raise self.failure
+            return self.state == STABLE
 
-    def commit(self, partition, offset):
-        """Commit an offset; return False where the group may have given the partition to another by now."""
-        try:
-            self.cluster.coordinator().call("OffsetCommit", self.fields(retention_ms=-1, topics=[dict(
-                name=self.settings.incoming, partitions=[dict(index=partition.index, offset=offset, metadata=None)])]))
-        except KafkaError as error:
-            if error.code not in NOT_A_MEMBER:
-                raise
-            self.over = True
-            return False
-        partition.committed = offset
-        return True
+    def topic_has(self, count):
+        """Say how many partitions the topic has: where that is new, the group's leader acts."""
+        with self.changed:
+            if self.partition_count not in (None, count):
+                self._to(REBALANCING)
+
+    def owns(self, partition):
+        """Return whether we may write replies to its updates; None: not known at the moment."""
+        with self.changed:
+            now, expired = time.monotonic(), self.heard_at + SESSION_MS / 1000
+            if self.failure or partition not in self.partitions or self.state == FENCED:
+                return False
+            if self.state == REBALANCING and now > self.rebalance_at + LET_GO_SECONDS:
+                return False
+            return True if now < expired else None
+
+    def release(self):
+        """Say that an update was given up: it will come again, to us or to another."""
+        with self.changed:
+            self.hands -= 1
+            self.changed.notify_all()
+
+    def finish(self, partition, offset):
+        """Say that an update is done, and wait until the group knows. Return whether it does."""
+        with self.changed:
+            partition.in_hand.discard(offset)
+            partition.done.add(offset)
+            self.hands -= 1
+            self.changed.notify_all()
+            self.changed.wait_for(
+                lambda: partition.is_told(offset) or partition not in self.partitions
+                or self.state == FENCED or self.failure, ANSWER_SECONDS)
+            return partition.is_told(offset)
 
     def leave(self):
-        """Tell the group that we go, so that our partitions move now and not after SESSION_MS. Raises nothing."""
-        self.ended.set()
-        self.over, deadline = True, time.monotonic() + 5
-        cluster = Cluster(self.settings, lambda: time.monotonic() > deadline)
+        """Tell the group that we go, so that our partitions move now and not after SESSION_MS."""
+        with self.changed:
+            self.leave_by = time.monotonic() + STOP_SECONDS
+            self._to(LEFT)
+        self.thread.join(STOP_SECONDS + CONNECT_SECONDS)
+
+    # The thread.
+
+    def _run(self):
         try:
-            if self.joining and not self.id:    # the group has a place for us already: hear under which name
-                self.joining.give_up = cluster.give_up
-                self.id = self.joining.receive(ANSWER_SECONDS)["member_id"]
+            while self.state != LEFT:
+                try:
+                    if self.state == JOINING:
+                        self._join()
+                    else:
+                        self._keep()
+                    self.failures = 0
+                except TROUBLE as error:
+                    self._mend(error)
+                except Interrupted:
+                    break
+            self._leave()
+        except Exception as error:
+            with self.changed:
+                self.failure = error
+                self.changed.notify_all()
+        self.cluster.close()
+
+    def _is_over(self):
+        """Once we leave, no answer is waited for, but the one that tells our name in the group."""
+        if self.leave_by is None:
+            return False
+        return time.monotonic() > self.leave_by or bool(self.id) and not self.leaving
+
+    def _to(self, state):
+        """Change the state, unless we have left; `changed` is held."""
+        if self.state == LEFT or state == REBALANCING and self.state != STABLE:
+            return
+        if state == REBALANCING:
+            self.rebalance_at = time.monotonic()
+        if state == JOINING:
+            self.partitions = []
+        self.state = state
+        self.changed.notify_all()
+
+    def _call(self, api, seconds=ANSWER_SECONDS, **fields):
+        """Call the coordinator, with the fields by which the group knows us."""
+        fields.update(group=self.settings.group, generation=self.generation, member_id=self.id)
+        address = self.cluster.coordinator()
+        self.reached = True
+        answer = self.cluster.call(address, api, fields, seconds=seconds)
+        self.heard_at = time.monotonic()
+        return answer
+
+    def _join(self):
+        """Take part in the next generation; that waits until each member has done its updates."""
+        topic, seconds = self.settings.incoming, REBALANCE_MS / 1000 + 5
+        subscription = encode(SUBSCRIPTION, dict(version=0, topics=[topic], user_data=b""))
+        answer = self._call("JoinGroup", seconds, session_timeout_ms=SESSION_MS,
+                            rebalance_timeout_ms=REBALANCE_MS, protocol_type="consumer",
+                            protocols=[dict(name="range", metadata=subscription)])
+        self.id, self.generation = answer["member_id"], answer["generation"]
+        self.partition_count = None
+        shares = self._share_out(answer["members"]) if answer["leader"] == self.id else []
+        share = self._call("SyncGroup", seconds, assignments=shares)["assignment"]
+        topics = Decoder(share).value(ASSIGNMENT)["topics"] if share else []
+        indexes = [index for entry in topics if entry["name"] == topic
+                   for index in entry["partitions"]]
+        answer = self._call("OffsetFetch", topics=[dict(name=topic, partitions=indexes)])
+        with self.changed:
+            self.partitions = [Partition(part["index"], part["offset"], part["metadata"])
+                               for entry in answer["topics"] for part in entry["partitions"]]
+            self._to(STABLE)
+        log.info("group %s, generation %d: partitions %s of %s", self.settings.group,
+                 self.generation, ", ".join(map(str, indexes)) or "none", topic)
+
+    def _share_out(self, members):
+        """Return each member's share: what the group's leader tells it in SyncGroup."""
+        topics = {member["member_id"]: Decoder(member["metadata"] or b"").value(
+            SUBSCRIPTION)["topics"] for member in members}
+        self.cluster.looked.clear()
+        counts = {topic: len(self.cluster.leaders(topic))
+                  for topic in sorted(set(sum(topics.values(), [])))}
+        self.partition_count = counts[self.settings.incoming]
+        return [dict(member_id=member, assignment=encode(ASSIGNMENT, dict(
+            version=0, user_data=b"", topics=[dict(name=topic, partitions=share)
+                                              for topic, share in shares.items()])))
+                for member, shares in assign_ranges(topics, counts).items()]
+
+    def _keep(self):
+        """Wait for something to do, do it, and join again when nothing is in the way of that."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.state == LEFT or self._may_join() or (
+                self.state != FENCED and self._news()), self.beat_at - time.monotonic())
+            if self.state == LEFT:
+                return
+            if self._may_join():
+                return self._to(JOINING)
+            fenced = self.state == FENCED
+        if time.monotonic() >= self.beat_at:
+            self.beat_at = time.monotonic() + HEARTBEAT_SECONDS
+            if not fenced:
+                self._call("Heartbeat", SESSION_MS / 3000)
+        if not fenced:
+            self._commit()
+
+    def _may_join(self):
+        late = time.monotonic() > self.rebalance_at + LET_GO_SECONDS
+        return not self.hands and (self.state == FENCED or self.state == REBALANCING
+                                   and (late or not self._news()))
+
+    def _news(self):
+        """Return {partition: its progress} of those about which the group does not know it yet."""
+        progress = {partition: partition.progress() for partition in self.partitions}
+        return {partition: made for partition, made in progress.items()
+                if made and made != partition.committed}
+
+    def _commit(self):
+        """Tell the group what is done: the only place that does."""
+        with self.changed:
+            news = self._news()
+        if not news:
+            return
+        self._call("OffsetCommit", retention_ms=-1, topics=[dict(
+            name=self.settings.incoming, partitions=[dict(
+                index=partition.index, offset=mark, metadata="done:" + ",".join(
+                    str(offset - mark) for offset in sorted(done)) if done else None)
+                for partition, (mark, done) in news.items()])])
+        with self.changed:
+            for partition, progress in news.items():
+                partition.committed = progress
+            self.changed.notify_all()
+
+    def _mend(self, error):
+        """Do what an error asks for; what has no other remedy is waited out."""
+        action, code = getattr(error, "action", None), getattr(error, "code", None)
+        if action == REJOIN:
+            self.heard_at = time.monotonic()
+            if code == 79:          # MEMBER_ID_REQUIRED: the answer has it
+                self.id = error.answer["member_id"]
+                return
+            with self.changed:
+                self._to(REBALANCING)
+                self.changed.wait_for(lambda: self.state == LEFT, 0.1)
+            return
+        self.failures += 1
+        if action == EXPELLED:
+            log.warning("expelled from the group: %s", error)
+            self.id = "" if code == 25 else self.id         # UNKNOWN_MEMBER_ID
+            with self.changed:
+                return self._to(JOINING if self.state == JOINING else FENCED)
+        wrong = (socket.gaierror, ssl.SSLError, ConnectionResetError, BrokenPipeError)
+        if not self.reached and self.failures >= FIRST_TRIES and isinstance(error, wrong):
+            raise Refused("KAFKA_BROKERS, KAFKA_SECURITY_PROTOCOL or KAFKA_SSL_CERTFILE is "
+                          "wrong: %s" % error)
+        delay = retry_delay(self.failures)
+        log.warning("group %s: %s; trying again in %.1f s", self.settings.group, error, delay)
+        self.cluster.look_again()
+        with self.changed:
+            self.changed.wait_for(lambda: self.state == LEFT, delay)
+
+    def _leave(self):
+        self.leaving = True
+        try:
+            if self.partitions:
+                self._commit()
+        except (Refused, Interrupted) + TROUBLE as error:
+            log.warning("the last updates were not committed, and may be done again: %s",
+                        error or "no answer")
+        try:
             if self.id:
-                cluster.coordinator().call("LeaveGroup", self.fields())
+                self._call("LeaveGroup")
                 log.info("left group %s", self.settings.group)
-        except (OSError, KafkaError, ConfigError, Interrupted) as error:
-            log.warning("group %s was not left: %s", self.settings.group, error)
-        cluster.forget()
+        except (Refused, Interrupted) + TROUBLE as error:
+            log.warning("group %s was not left: %s", self.settings.group, error or "no answer")
 
 
-# ---- Kafka: the source ----------------------------------------------------------------------------------------------
+def retry_delay(failures):
+    """Return seconds to wait before another try: 0.1 to 3, more after more failures in a row."""
+    return min(3, 0.1 * 2 ** min(failures, 10)) * random.uniform(0.5, 1)
+
+
+# ---- Kafka: the producer ------------------------------------------------------------------------
+
+class Producer:
+    """Appends records to topics. A broker knows a repeat by our id and the sequence (KIP-98).
+
+    One thread at a time uses it.
+    """
+
+    def __init__(self, settings, stopping):
+        self.cluster = Cluster(settings, lambda: stopping.for_longer_than(
+            UNSURE_SECONDS, self.since))
+        self.since = 0.0            # when the record was first tried
+        self.id = None              # (producer id, epoch) that a broker has given us
+        self.sequences = {}         # (topic, partition): the next
+
+    def append(self, topic, key, value, may_write):
+        """Append a record, and return when each replica has it.
+
+        may_write(since, unsure) is asked before each try, and raises where the record is to be
+        given up; `since`: when it was first tried; `unsure`: an earlier try may have written it.
+        KafkaError: the topic refuses the record.
+        """
+        partition, unsure, self.since = None, False, time.monotonic()
+        for failures in itertools.count(1):
+            may_write(self.since, unsure)
+            sending = False
+            try:
+                leaders = self.cluster.leaders(topic, create=True)
+                if partition not in leaders:        # it stays the same, so that a repeat is known
+                    partition = self._choose(topic, key, leaders)
+                self._get_id(leaders[partition])
+                sending = True
+                return self._produce(topic, partition, leaders[partition], key, value)
+            except TROUBLE as error:
+                action = getattr(error, "action", UNSURE)
+                if action == SKIP or sending and failures > 3 and getattr(error, "code", 0) == 2:
+                    raise       # before Kafka 2.4 code 2 was also what INVALID_RECORD is now
+                unsure = unsure or sending and action == UNSURE
+                delay = retry_delay(failures)
+                if not failures & failures - 1:         # the 1st, 2nd, 4th, 8th ...
+                    log.warning("writing to %s: %s; trying again in %.1f s", topic, error, delay)
+            self.cluster.look_again()
+            self._pause(delay, may_write, unsure)
+
+    def _pause(self, seconds, may_write, unsure):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            may_write(self.since, unsure)
+            time.sleep(0.05)
+
+    def _choose(self, topic, key, leaders):
+        if not leaders:
+            raise KafkaError(3, "topic " + topic)
+        return (random.getrandbits(31) if key is None else murmur2(key)) % len(leaders)
+
+    def _get_id(self, address):
+        if not address:
+            raise KafkaError(5, "a partition of the topic")
+        if self.id:
+            return
+        try:
+            answer = self.cluster.call(address, "InitProducerId",
+                                       dict(transactional_id=None, timeout_ms=60000))
+            self.id, self.sequences = (answer["producer_id"], answer["epoch"]), {}
+        except Refused as error:
+            if error.code != 31:    # before Kafka 2.8 an id took a right of its own: do without
+                raise
+            self.id = -1, -1
+
+    def _produce(self, topic, partition, address, key, value):
+        sequence = self.sequences.get((topic, partition), 0) if self.id[0] >= 0 else -1
+        records = encode_batch(key, value, self.id[0], self.id[1], sequence)
+        try:
+            self.cluster.call(address, "Produce", dict(
+                transactional_id=None, acks=-1, timeout_ms=10000, topics=[dict(
+                    name=topic, partitions=[dict(index=partition, records=records)])]))
+        except KafkaError as error:
+            if error.action == RENEW:
+                self.id = None
+            if error.action != DONE:
+                raise
+        self.sequences[topic, partition] = (sequence + 1) & 0x7FFFFFFF
+
+
+# ---- Kafka: the source --------------------------------------------------------------------------
+
+class Receipt:
+    """What an update came as: a record of a partition, which a member of the group was given."""
+
+    def __init__(self, member, partition, record, topic):
+        self.member, self.partition, (self.offset, self.key, self.value) = member, partition, record
+        self.place = "%s, partition %d, offset %d" % (topic, partition.index, self.offset)
+        self.update, self.broken = {}, None
+
 
 class Kafka:
-    """Updates from one topic, replies to another: at least once, and exactly once while bots end by SIGTERM only.
+    """Updates from one topic, replies to another: at least once, and exactly once while bots end
+    by SIGTERM only.
 
-    An update that was taken but not acknowledged comes again after close(). An envelope whose bot_id is not BOT_ID is
-    passed over. Any method may raise ConfigError, where trying again is of no use; every other failure is waited out.
-    Interrupted: a signal came, and nothing was in hand.
+    An update that was given up comes again. An envelope whose bot_id is not BOT_ID is passed over.
+    Refused and ConfigError may come from any method; every other failure is waited out.
+    Interrupted: the bot has to stop, or the update belongs to another bot now.
     """
 
     def __init__(self, environ, stopping):
-        self.settings, self.in_hand = kafka_settings(environ), False    # while an update is in hand, a signal waits
-        self.cluster = Cluster(self.settings, lambda: stopping.requested and not self.in_hand)
-        self.member, self.producer, self.sequences, self.failures, self.looked_at = None, None, {}, 0, 0.0
+        self.settings, self.stopping, self.member = kafka_settings(environ), stopping, None
+        self.cluster = Cluster(self.settings, lambda: stopping.requested)     # only take() calls it
+        self.producers = collections.deque()        # those that no thread uses at the moment
+        self.failures = 0           # of take(), in a row
+        self.leaders = {}           # partition: the address of its leader, or None
+        self.readers = {}           # address: the thread that fetches from it
+        self.failure = None         # what has ended a reader, and ends the bot
 
     def take(self):
-        """Return an object whose `update` is the next update, or None when none came within half a second."""
-        if self.cluster.give_up():
+        """Return (update, receipt), or None when none came within about half a second."""
+        if self.stopping.requested:
             return None
+        self.member = self.member or Member(self.settings)
         try:
-            if not self.member or self.member.over:
-                self.member = Member(self.settings, self.cluster, self.member)
-                self.member.join()
-                return None     # that may have taken a while: the caller looks first whether it still wants an update
-            taken = self._next()
+            if not self.member.is_stable(FETCH_MS / 1000):
+                return None
+            self._see_to_readers()
             self.failures = 0
-        except (OSError, KafkaError) as error:
-            if getattr(error, "code", 0) == 25:     # UNKNOWN_MEMBER_ID: join as a new one
-                self.member = None
-            self._back_off("reading " + self.settings.incoming, error)
+        except TROUBLE as error:
+            self.failures += 1
+            self._wait_out(self.settings.incoming, error, self.failures)
+        except Interrupted:
             return None
-        if taken:
-            self.in_hand = True
-            if self._open(taken):
-                return taken
-            self.acknowledge(taken)
-        return None
+        with self.member.changed:
+            self.member.changed.wait_for(lambda: self.failure or any(
+                partition.may_be_handed_out() for partition in self.member.partitions),
+                FETCH_MS / 1000)
+            receipt = self._next()
+        if self.failure:
+            raise self.failure
+        return receipt and (receipt.update, receipt)
 
-    def reply(self, taken, call):
-        """Produce the answer to a taken update. call: (method, parameters), as reply_to returns it."""
+    def reply(self, receipt, call):
+        """Produce the answer to a taken update. call: what reply_to returned."""
         method, params = call
+        chat = params.get("chat_id", chat_of(receipt.update))
+        key = None if chat is None else str(chat).encode("utf-8", "replace")
+        value = json.dumps({"bot_token": self.settings.token, "method": method, "params": params})
         try:
-            key = str(params["chat_id"] if "chat_id" in params else
-                      taken.update["callback_query"]["message"]["chat"]["id"]).encode("utf-8", "replace")
-        except (KeyError, TypeError):       # a callback query of an inline message is from no chat
-            key = None
-        value = json.dumps({"bot_token": self.settings.token, "method": method, "params": params}).encode()
-        code = self._produce(self.settings.outgoing, key, value)
-        if code:
-            raise ConfigError("topic %s does not take a reply (error %d): is its max.message.bytes too small?"
-                              % (self.settings.outgoing, code), 1)
+            self._append(receipt, self.settings.outgoing, key, value.encode())
+        except KafkaError as error:
+            log.error("%s: its reply is refused (%s): passed over", receipt.place, error)
+            self._bury(receipt)
 
-    def acknowledge(self, taken):
-        """Commit the offset after a taken update, unless the group has taken its partition away."""
-        if not self._until_done("commit", lambda: taken.member.commit(taken.partition, taken.offset + 1)):
-            log.warning("%s went to another bot meanwhile, which may do it again", taken.place)
-        self.in_hand = False
+    def acknowledge(self, receipt):
+        """Say that an update is done; return when the group knows, or has given it to another."""
+        if receipt.broken:
+            log.error("%s is no JSON of {bot_id, update} (%s): passed over", receipt.place,
+                      receipt.broken)
+            self._bury(receipt)
+        if not receipt.member.finish(receipt.partition, receipt.offset):
+            log.warning("%s went to another bot meanwhile, which may do it again", receipt.place)
 
     def close(self):
         """Leave the group and close every connection; take() joins again."""
-        self.in_hand = False
         if self.member:
             self.member.leave()
         self.member = None
-        self.cluster.forget()
-
-    def _back_off(self, about, error):
-        """Log an error, let go of all that may have caused it, and wait before the next try."""
-        self.failures += 1
-        if not self.cluster.reached and self.failures >= FIRST_TRIES and isinstance(
-                error, (socket.gaierror, ssl.SSLError, ConnectionResetError, BrokenPipeError)):
-            raise ConfigError("KAFKA_BROKERS or KAFKA_SECURITY_PROTOCOL is wrong: %s" % error, 1)
-        delay = min(3, 0.1 * 2 ** min(self.failures, 10)) * random.uniform(0.5, 1)
-        log.warning("%s: %s; trying again in %.1f s", about, error, delay)
-        self.cluster.forget()
-        self._pause(delay)
-
-    def _pause(self, seconds):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self.cluster.give_up():
-                raise Interrupted
-            time.sleep(0.05)
-
-    def _until_done(self, about, step):
-        """Return step(), which is tried until it comes through."""
-        while True:
-            try:
-                result = step()
-                self.failures = 0
-                return result
-            except (OSError, KafkaError) as error:
-                self._back_off(about, error)
+        self.cluster.close()
+        self.cluster.look_again()
+        while self.producers:
+            self.producers.pop().cluster.close()
 
     def _next(self):
-        """Return the next record of a partition that has one, each partition in turn; fetch when none has."""
-        topic, partitions = self.settings.incoming, self.member.partitions
-        for fetch in (True, False):
-            for _ in partitions:
-                partition = partitions.pop(0)
-                partitions.append(partition)
-                record = partition.next_record()
-                if record:
-                    return types.SimpleNamespace(
-                        member=self.member, partition=partition, offset=record[0], key=record[1], value=record[2],
-                        place="%s, partition %d, offset %d" % (topic, partition.index, record[0]))
-                if partition.committed is not None and partition.committed < partition.position:
-                    self.member.commit(partition, partition.position)   # past what is no update: KEDA counts it as lag
-            if fetch:
-                self._fetch()
-        return None
+        """Return the receipt of the next update, of each partition in turn, or None."""
+        partitions = self.member.partitions if self.member.state == STABLE else []
+        partition = next(filter(Partition.may_be_handed_out, partitions), None)
+        if not partition:
+            return None
+        partitions.remove(partition)        # to the end of the turn
+        partitions.append(partition)
+        record = partition.records.popleft()
+        self.member.changed.notify_all()    # its reader may fetch more
+        receipt = Receipt(self.member, partition, record, self.settings.incoming)
+        if not self._open(receipt):
+            return None
+        partition.in_hand.add(receipt.offset)
+        self.member.hands += 1
+        return receipt
 
-    def _fetch(self):
-        """Fetch from each leader in turn: first what is there already, and when that is nothing, what comes."""
-        topic, now, shares = self.settings.incoming, time.monotonic(), {}
-        leaders = self.cluster.leaders.get(topic)
-        if leaders is None or now - self.looked_at > (METADATA_SECONDS if leaders and all(leaders.values()) else 2):
-            self.looked_at, leaders = now, self.cluster.find(topic)
-            if not leaders:
-                log.warning("topic %s does not exist yet", topic)
-            if self.member.count not in (None, len(leaders)):       # the group's leader shares out what is new
-                self.member.over = True
-        for partition in self.member.partitions:
-            if leaders.get(partition.index):
-                shares.setdefault(leaders[partition.index], []).append(partition)
-        if not shares:
-            self._pause(FETCH_MS / 1000)
-        for wait_ms in (0, FETCH_MS // max(1, len(shares))):
-            for address, partitions in shares.items():
-                if self._fetch_from(self.cluster.connection(address), partitions, wait_ms):
-                    return
-
-    def _fetch_from(self, connection, partitions, wait_ms):
-        """Fetch partitions from their leader; return whether anything came."""
-        topic, code, by_index = self.settings.incoming, 0, {partition.index: partition for partition in partitions}
-        for partition in partitions:
-            if partition.position is None:
-                answer = connection.call("ListOffsets", dict(replica_id=-1, isolation_level=1, topics=[dict(
-                    name=topic, partitions=[dict(index=partition.index, time_ms=-2)])]))        # -2: the earliest
-                partition.position = answer["topics"][0]["partitions"][0]["offset"]
-        answer = connection.call("Fetch", dict(
-            replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16, isolation_level=1,
-            topics=[dict(name=topic, partitions=[
-                dict(index=partition.index, offset=partition.position, log_start_offset=-1, max_bytes=PARTITION_BYTES)
-                for partition in partitions])]))
-        fetched = [part for entry in answer["topics"] for part in entry["partitions"]]
-        for part in fetched:
-            partition = by_index[part["index"]]
-            if part["code"] == 1:       # OFFSET_OUT_OF_RANGE
-                log.warning("%s, partition %d: offset %d is not there any more: from the earliest on",
-                            topic, partition.index, partition.position)
-                partition.position = partition.committed = None
-            elif part["code"]:
-                code = part["code"]
-            else:
-                partition.batches = decode_batches(part["records"] or b"", part["aborted"], topic)
-        check(code, "Fetch (%s)" % topic)
-        return any(part["records"] for part in fetched)
-
-    def _open(self, taken):
-        """Put the record's update into `taken`, and return whether there is one for us; log it where there is none."""
+    def _open(self, receipt):
+        """Put the update, or why there is none, into a receipt. Return whether it is for us."""
         try:
-            envelope = json.loads(taken.value)
-            taken.update, bot_id = envelope["update"], envelope["bot_id"]
-            if not isinstance(taken.update, dict):
+            envelope = json.loads(receipt.value)
+            update, bot_id = envelope["update"], envelope["bot_id"]
+            if not isinstance(update, dict):
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            log.error("%s is no JSON of {bot_id, update} (%s): passed over", taken.place, type(error).__name__)
-            code = self.settings.dead_letters and self._produce(self.settings.dead_letters, taken.key, taken.value)
-            if code:
-                log.error("%s: topic %s does not take it (error %d)", taken.place, self.settings.dead_letters, code)
-            return False
+            receipt.broken = type(error).__name__
+            return True
+        receipt.update = update
         if self.settings.bot_id and str(bot_id) != self.settings.bot_id:
-            log.info("%s is for another bot: passed over", taken.place)
+            log.info("%s is for another bot: passed over", receipt.place)
             return False
         return True
 
-    def _produce(self, topic, key, value):
-        """Append a record and wait for its replicas. Return 0, or a code of BAD_RECORD: the topic does not take it."""
-        chosen = []         # the partition stays the same when it is tried again: so the broker knows a repeat
+    def _see_to_readers(self):
+        """Let a thread fetch from each leader, so that none waits for another."""
+        self.leaders = self.cluster.leaders(self.settings.incoming)
+        self.member.topic_has(len(self.leaders))
+        if not self.leaders:
+            log.warning("topic %s does not exist yet", self.settings.incoming)
+            self.stopping.sleep(2)
+        for leader in set(self.leaders.values()) - {None}:
+            reader = self.readers.get(leader)
+            if not (reader and reader.is_alive()):
+                self.readers[leader] = threading.Thread(
+                    target=self._read, args=(self.member, leader), daemon=True)
+                self.readers[leader].start()
 
-        def append():
-            leaders = self.cluster.leaders.get(topic) or self.cluster.find(topic, create=True)
-            if leaders and not chosen:
-                chosen.append((random.getrandbits(31) if key is None else murmur2(key)) % len(leaders))
-            address = leaders and leaders.get(chosen[0])
-            check(0 if address else 5, "topic " + topic)
-            connection = self.cluster.connection(address)
-            if not self.producer:
-                answer = connection.call("InitProducerId", dict(transactional_id=None, timeout_ms=60000))
-                if answer["code"] != 31:    # before Kafka 2.8 this took a right of its own: without it, do without
-                    check(answer["code"], "a producer id")
-                self.producer, self.sequences = (answer["producer_id"], answer["epoch"]), {}
-            sequence = self.sequences.get((topic, chosen[0]), 0) if self.producer[0] >= 0 else -1
-            records = encode_batch(key, value, self.producer[0], self.producer[1], sequence)
-            answer = connection.call("Produce", dict(transactional_id=None, acks=-1, timeout_ms=10000, topics=[dict(
-                name=topic, partitions=[dict(index=chosen[0], records=records)])]))
-            code = answer["topics"][0]["partitions"][0]["code"]
-            if code in NOT_THE_PRODUCER:
-                self.producer = None
-            if code in BAD_RECORD:
-                return code
-            check(0 if code == 46 else code, "topic " + topic)      # 46: the broker has it already
-            self.sequences[topic, chosen[0]] = (sequence + 1) & 0x7FFFFFFF
-            return 0
-        return self._until_done("writing to " + topic, append)
+    def _read(self, member, leader):
+        """Fetch from a leader what has no records left, as long as it leads anything for us."""
+        def ended():
+            return (self.stopping.requested or self.member is not member
+                    or leader not in self.leaders.values())
+
+        def hungry():
+            return [partition for partition in member.partitions if not partition.records
+                    and self.leaders.get(partition.index) == leader
+                    and time.monotonic() > partition.rests_until]
+
+        cluster, failures = Cluster(self.settings, ended), 0
+        while not ended():
+            with member.changed:
+                partitions = member.changed.wait_for(hungry, FETCH_MS / 1000)
+            try:
+                if partitions:
+                    self._fetch(cluster, leader, member, partitions)
+                failures = 0
+            except TROUBLE as error:
+                failures += 1
+                self._wait_out("%s from %s:%d" % ((self.settings.incoming,) + leader), error,
+                               failures)
+            except Interrupted:
+                break
+            except Exception as error:
+                self.failure = error
+                break
+        cluster.close()
+
+    def _wait_out(self, what, error, failures):
+        delay = retry_delay(failures)
+        log.warning("reading %s: %s; trying again in %.1f s", what, error, delay)
+        self.cluster.look_again()
+        self.stopping.sleep(delay)
+
+    def _fetch(self, cluster, leader, member, partitions):
+        """Fetch partitions from their leader, which waits for FETCH_MS where it has nothing."""
+        for partition in partitions:
+            if partition.position is None:
+                earliest = self._find_earliest(cluster, leader, partition)
+                with member.changed:
+                    partition.position = earliest
+        asked = {partition.index: partition.position for partition in partitions}
+        answer = cluster.call(leader, "Fetch", dict(
+            replica_id=-1, max_wait_ms=FETCH_MS, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
+            isolation_level=1, session_id=0, session_epoch=-1, forgotten=[], topics=[dict(
+                name=self.settings.incoming, partitions=[dict(
+                    index=index, leader_epoch=-1, offset=offset, log_start_offset=-1,
+                    max_bytes=PARTITION_BYTES) for index, offset in asked.items()])]), errors=False)
+        check(answer["error"], "Fetch")
+        fetched = {part["index"]: part for entry in answer["topics"]
+                   for part in entry["partitions"]}
+        for partition in partitions:
+            if partition.index in fetched:
+                self._keep(member, partition, asked[partition.index], fetched[partition.index])
+
+    def _find_earliest(self, cluster, leader, partition):
+        answer = cluster.call(leader, "ListOffsets", dict(
+            replica_id=-1, isolation_level=1, topics=[dict(
+                name=self.settings.incoming,
+                partitions=[dict(index=partition.index, time_ms=-2)])]))    # -2: the earliest
+        found = [part["offset"] for entry in answer["topics"] for part in entry["partitions"]]
+        if not found:
+            raise Malformed("an answer without the earliest offset")
+        return found[0]
+
+    def _keep(self, member, partition, offset, part):
+        """Keep what a Fetch from an offset on brought, or note why it brought nothing."""
+        topic, code, batches = self.settings.incoming, part["error"], []
+        if ERRORS.get(code, ("", TRY))[1] == START:
+            log.warning("%s, partition %d: offset %d is not there any more: from the earliest on",
+                        topic, partition.index, offset)
+        else:
+            check(code, "Fetch (%s, partition %d)" % (topic, partition.index))
+            try:
+                batches.extend(decode_batches(part["records"] or b"", part["aborted"], topic))
+            except Malformed as error:
+                partition.rests_until = time.monotonic() + 1
+                log.warning("partition %d: %s; trying again in 1 s", partition.index, error)
+        with member.changed:
+            if partition.position != offset:        # a new leader was faster than this one
+                return
+            if code:
+                partition.start_anew()
+            for after, records in batches:
+                partition.fill(after, records)
+            member.changed.notify_all()
+
+    def _bury(self, receipt):
+        """Write a record that is passed over to KAFKA_DEAD_LETTER_TOPIC, where there is one."""
+        topic = self.settings.dead_letters
+        try:
+            if topic:
+                self._append(receipt, topic, receipt.key, receipt.value)
+        except KafkaError as error:
+            log.error("%s: the dead letter is refused too (%s)", receipt.place, error)
+
+    def _append(self, receipt, topic, key, value):
+        """Append a record with a producer that nobody uses. KafkaError: the topic refuses it."""
+        try:
+            producer = self.producers.pop()
+        except IndexError:
+            producer = Producer(self.settings, self.stopping)
+        try:
+            producer.append(topic, key, value,
+                            lambda *tried: self._may_write(receipt, *tried))
+            self.producers.append(producer)
+        except KafkaError:
+            self.producers.append(producer)
+            raise
+        except BaseException:
+            producer.cluster.close()
+            receipt.member.release()
+            raise
+
+    def _may_write(self, receipt, since, unsure):
+        """Return when the record of a receipt is ours to answer. Interrupted: it is given up."""
+        while True:
+            owned = receipt.member.owns(receipt.partition)
+            if owned is False or self.stopping.for_longer_than(
+                    UNSURE_SECONDS if unsure else STOP_SECONDS, since):
+                log.warning("%s is left to who comes next%s", receipt.place, ", and may be done "
+                            "twice: whether it was written is not known" if unsure else "")
+                raise Interrupted
+            if owned:
+                return
+            time.sleep(0.1)
 
 
-# ---- The loop -------------------------------------------------------------------------------------------------------
+# ---- The loop -----------------------------------------------------------------------------------
 
-def run(source, sidecar, stopping):
-    """Take, track, reply, and only then acknowledge; until a signal comes or the source has no more."""
+class Crew:
+    """Handles up to `size` updates at once, each on a thread, those of one chat one after another.
+
+    A thread waits until the update before it of the same chat is done; that one was handed out
+    earlier, so it has a thread too.
+    """
+
+    def __init__(self, source, sidecar, stopping, size):
+        self.source, self.sidecar, self.stopping, self.size = source, sidecar, stopping, size
+        self.work = queue.Queue()       # (update, receipt, the end of the one before, its own end)
+        self.threads = 0
+        self.changed = threading.Condition()        # guards what follows
+        self.in_hand = 0
+        self.last = {}                  # chat: the end, an Event, of its last update in hand
+        self.failure = None             # the first exception that ends the bot
+
+    def has_room(self, seconds):
+        """Return whether one more update may be taken, within `seconds`."""
+        with self.changed:
+            return self.changed.wait_for(lambda: self.in_hand < self.size, seconds)
+
+    def finish(self):
+        """Return when nothing is in hand any more. Raises what ends the bot."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.in_hand)
+            if self.failure:
+                raise self.failure
+
+    def begin(self, update, receipt):
+        """Let a thread handle an update; there is room."""
+        chat, end = chat_of(update), threading.Event()
+        end.given_up = False
+        with self.changed:
+            self.in_hand += 1
+            before = self.last.get(chat)
+            if chat is not None:
+                self.last[chat] = end
+        self.work.put((update, receipt, before, end))
+        if self.in_hand > self.threads:
+            self.threads += 1
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self):
+        while True:
+            update, receipt, before, end = self.work.get()
+            failure = None
+            try:
+                with self.sidecar.track():
+                    if before:
+                        before.wait()
+                    if before and before.given_up and self.stopping.requested:
+                        raise Interrupted       # so that it does not come before that one
+                    handle(self.source, update, receipt)
+            except Interrupted:
+                end.given_up = True
+            except Exception as error:
+                failure = error
+                self.stopping.request()
+            end.set()
+            with self.changed:
+                self.in_hand -= 1
+                self.failure = self.failure or failure
+                if self.last.get(chat_of(update)) is end:
+                    del self.last[chat_of(update)]
+                self.changed.notify_all()
+
+
+def handle(source, update, receipt):
+    """Answer an update and acknowledge it."""
+    try:
+        call = reply_to(update)
+    except Exception as error:      # it would be as broken the next time
+        log.warning("a broken update is passed over: %s: %s: %.200r", type(error).__name__, error,
+                    update)
+        call = None
+    if call:
+        source.reply(receipt, call)
+    source.acknowledge(receipt)
+
+
+def run(source, sidecar, stopping, concurrency):
+    """Take, track, reply, and only then acknowledge; until a signal comes or there are no more."""
+    crew = Crew(source, sidecar, stopping, concurrency)
     sidecar.reset()
     try:
         while not stopping.requested:
             if sidecar.draining:
                 log.info("the sidecar is draining: no more updates are taken")
+                crew.finish()
                 source.close()
                 while not stopping.requested and not sidecar.ready():
                     stopping.sleep(1)
-                continue
-            taken = source.take()
-            if taken is not None:
-                with sidecar.track():
-                    handle(source, taken)
-    except (EOFError, Interrupted):
+            elif crew.has_room(0.1) and not sidecar.draining:
+                taken = source.take()
+                if taken and not sidecar.draining and not stopping.requested:
+                    crew.begin(*taken)          # else it comes again: nobody acknowledges it
+    except EOFError:
         pass
+    except BaseException:
+        stopping.request()
+        raise
     finally:
-        source.close()
-        sidecar.close()
-        log.info("stopped")
+        try:
+            crew.finish()
+        finally:
+            source.close()
+            sidecar.close()
+            log.info("stopped")
 
 
-def handle(source, taken):
-    try:
-        call = reply_to(taken.update)
-    except Exception as error:      # it would be as broken the next time
-        log.warning("a broken update is passed over: %s: %s: %.200r", type(error).__name__, error, taken.update)
-        call = None
-    if call:
-        source.reply(taken, call)
-    source.acknowledge(taken)
+def read_concurrency(environ):
+    text = environ.get("CONCURRENCY") or "8"
+    if not re.fullmatch("[1-9][0-9]?|100", text):
+        raise ConfigError("CONCURRENCY=%r: expected a whole number from 1 to 100" % text)
+    return int(text)
+
+
+def new_sidecar(environ):
+    split_url("SIDECAR_URL", environ.get("SIDECAR_URL") or "http://127.0.0.1:8081", ("http",))
+    return Sidecar(hold=False)          # on SIGTERM it finishes by itself what it has in hand
 
 
 def main(environ):
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    stopping = Stopping()
+    stopping = Stopping(signal.SIGTERM, signal.SIGINT)
     try:
-        sidecar = Sidecar()
+        sidecar, concurrency = new_sidecar(environ), read_concurrency(environ)
         if environ.get("KAFKA_BROKERS"):
             source = Kafka(environ, stopping)
         elif environ.get("BOT_TOKEN"):
-            source = Telegram(environ, stopping)
+            source = Telegram(environ, stopping, concurrency)
         else:
-            source = Console(stopping)
-        run(source, sidecar, stopping)
-    except (ConfigError, ValueError) as error:
+            source, concurrency = Console(stopping), 1
+        run(source, sidecar, stopping, concurrency)
+    except (ConfigError, Refused) as error:
         log.error("%s", error)
-        return getattr(error, "status", 2)
+        return 2 if isinstance(error, ConfigError) else 1
     except BrokenPipeError:             # nobody reads the console's replies any more
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    os._exit(main(os.environ))          # sys.exit would take the handlers away first, and one more signal would kill it
+    # sys.exit would take the handlers away first, and one more signal would kill it.
+    os._exit(main(os.environ))

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 from __future__ import annotations
 
-__doc__ = """Count the requests that a worker has in flight; hold its shutdown back until there are none.
+__doc__ = """Count the requests that a worker has in flight; hold its shutdown back until none is.
 
 Copy this file into an image and run it beside the worker. It needs Python 3.7 or newer and nothing
 else.
 
     python sidecar.py                     serve
     python sidecar.py run -- COMMAND ...  serve, with the worker as a child: for one container
-    python sidecar.py health              ask a running sidecar, print its answer, exit 0 or 1; also:
-                                          ready, drain, metrics, requests. SIDECAR_URL says where
-                                          (http://127.0.0.1:SIDECAR_PORT)
+    python sidecar.py health              ask a running sidecar, print its answer, exit 0 or 1;
+                                          also: ready, drain, metrics, requests. SIDECAR_URL says
+                                          where, or else SIDECAR_HOST and SIDECAR_PORT
     python sidecar.py --help              this text, and the figures; also: --version
 
 Endpoints on SIDECAR_PORT (those marked * answer loopback and TRUSTED_CLIENTS only; each error is
@@ -75,7 +75,8 @@ import threading
 import time
 from bisect import bisect_left
 from collections import OrderedDict, deque, namedtuple
-from urllib.parse import unquote
+from collections.abc import Callable
+from urllib.parse import quote, unquote, urlsplit
 
 __version__ = "1.1.0"
 
@@ -103,21 +104,27 @@ REPEATED_SECONDS = 1.0          # a second SIGTERM within this time is the first
 log = logging.getLogger("sidecar")
 
 
-# ---- Settings -------------------------------------------------------------------------------------------------------
+# ---- Settings -----------------------------------------------------------------------------------
 
 class Settings:
-    """The variables in the docstring above, read once from a mapping such as os.environ. ValueError names a bad one."""
+    """The variables in the docstring above, read once from a mapping such as os.environ.
 
-    def __init__(self, environ):
+    ValueError names a bad one.
+    """
+
+    def __init__(self, environ: dict) -> None:
         def read(name, default, parse, expected):
             return read_variable(environ, name, default, parse, expected)
+
+        def read_duration(name, default):
+            return read(name, default, parse_duration, EXPECTED_DURATION)
 
         self.host = read("SIDECAR_HOST", "", str, "")
         self.port = read("SIDECAR_PORT", "8081", parse_port, EXPECTED_PORT)
         self.metrics_port = read("METRICS_PORT", "9091", parse_port, EXPECTED_PORT)
-        self.grace_period_seconds = read("GRACE_PERIOD_SECONDS", "30", parse_duration, EXPECTED_DURATION)
-        self.quiet_period_seconds = read("QUIET_PERIOD_SECONDS", "0", parse_duration, EXPECTED_DURATION)
-        self.request_timeout_seconds = read("REQUEST_TIMEOUT_SECONDS", "0", parse_duration, EXPECTED_DURATION)
+        self.grace_period_seconds = read_duration("GRACE_PERIOD_SECONDS", "30")
+        self.quiet_period_seconds = read_duration("QUIET_PERIOD_SECONDS", "0")
+        self.request_timeout_seconds = read_duration("REQUEST_TIMEOUT_SECONDS", "0")
         self.hold_starts = read("HOLD_STARTS", "auto", *one_of("auto", "always", "never"))
         self.trusted_clients = read("TRUSTED_CLIENTS", "", parse_networks,
                                     "addresses or CIDRs such as 10.0.0.0/8, separated by commas")
@@ -134,7 +141,7 @@ def read_variable(environ, name, default, parse, expected):
 
 
 def one_of(*words):
-    """Return a function that finds a text among the words, whatever its case, and what to call them in an error."""
+    """Return how to parse one of the words, whatever its case, and what is expected."""
     def parse(text):
         for word in words:
             if word.lower() == text.lower():
@@ -157,31 +164,36 @@ def parse_networks(text: str) -> list:
             for network in ["127.0.0.0/8", "::1/128"] + text.replace(",", " ").split()]
 
 
-UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}    # U+00B5 and U+03BC
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9,
+         "µs": 1e-6, "μs": 1e-6}       # U+00B5 and U+03BC
 NUMBER = r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)"
 DURATION_PART = re.compile(NUMBER + "(ns|us|µs|μs|ms|s|m|h)")
 DURATION = re.compile("%s|(?:%s)+" % (NUMBER, DURATION_PART.pattern))
 YEAR_SECONDS = 365 * 24 * 3600.0
-EXPECTED_DURATION = "a duration from 0 to a year, such as 1.2s, 350ms, 1m2.5s or a number of seconds"
+EXPECTED_DURATION = "a duration from 0 to a year, such as 1.2s, 350ms, 1m2.5s or a number"
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds that `text` says: a number, or Go's form (https://pkg.go.dev/time#ParseDuration).
+    """Return the seconds that a text says: a number, or Go's form.
 
-    "3", "1.2s", "5.1e-05s", "350ms", "150µs" and "1m2.5s" are durations. ValueError: anything else, and over a year.
+    "3", "1.2s", "5.1e-05s", "350ms", "150µs", "1m2.5s" are durations. ValueError: anything else,
+    and over a year. https://pkg.go.dev/time#ParseDuration
     """
     if len(text) <= 100 and DURATION.fullmatch(text):
         parts = DURATION_PART.findall(text)
-        seconds = sum(float(number) * UNITS[unit] for number, unit in parts) if parts else float(text)
+        seconds = sum(float(number) * UNITS[unit] for number, unit in parts) if parts \
+            else float(text)
         if seconds <= YEAR_SECONDS:
             return seconds
     raise ValueError("%r: expected %s" % (text[:100], EXPECTED_DURATION))
 
 
-# ---- The tracker ----------------------------------------------------------------------------------
+# ---- The tracker --------------------------------------------------------------------------------
 
 SERVING, DRAINING, DRAINED = "serving", "draining", "drained"
 COMPLETED, TIMED_OUT, UNDONE = "completed", "timed_out", "undone"
+COUNTS = ("total_requests", "unmatched_ends", "expired_requests", "left_behind_requests",
+          "evicted_connections", "refused_connections", "refused_calls")
 
 
 class Drain:
@@ -211,7 +223,8 @@ class Drain:
 class InFlight:
     """A request that is counted, or whose start is held. Times are on the monotonic clock."""
 
-    __slots__ = "id", "brought_id", "local", "asked", "started", "held_before", "answer", "lapses_at"
+    __slots__ = ("id", "brought_id", "local", "asked", "started", "held_before", "answer",
+                 "lapses_at")
 
     def __init__(self, request_id, local, now):
         self.id = request_id                # None: none was brought, and it is not counted yet
@@ -238,7 +251,7 @@ class RequestTracker:
         self.quiet_period_seconds = quiet_period_seconds
         self.request_timeout_seconds = request_timeout_seconds or float("inf")
         self._processes = processes or PodProcesses(shared=False)
-        self._condition = threading.Condition()     # guards all below; notified when a drain is over
+        self._condition = threading.Condition()     # guards all below; notified: a drain is over
         self._active = OrderedDict()                # {id: InFlight}, the oldest first, as below
         self._without_id = OrderedDict()            # {id: None}: those whose ids were made here,
         self._unheard = OrderedDict()               # but for those whose client heard no answer
@@ -246,30 +259,26 @@ class RequestTracker:
         self._given_up_without_id = OrderedDict()   # {id: None}
         self._ended_ids = OrderedDict()             # {id: None} that the latest ends named
         self._early_ends = OrderedDict()            # {id: (when, seconds)}: no start has come yet
+        self._held = OrderedDict()                  # {InFlight: None}, the oldest first
         self._id_prefix = os.urandom(4).hex()       # so that an id from before a restart is unknown
-        self._started = 0                           # how many; so are the next three
-        self._unmatched = 0
-        self._expired = 0
-        self._left_behind = 0
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self._outcomes = {COMPLETED: 0, TIMED_OUT: 0, UNDONE: 0}
         self._duration_counts = [0] * (len(BUCKETS) + 1)
-        self._duration_sum = 0.0
-        self._short_durations = 0                   # how many in a row
-        self._short_durations_told = False
         self._latest_durations = deque(maxlen=100)  # by the clock here, whatever the worker said
         self._start_time = time.time()
-        self._last_start_time = None
         self._idle_since = self._last_end = time.monotonic()
-        self._oldest_process = 0.0                  # when it began, as it was last seen
-        self._phase = SERVING                       # set by _begin, _finish and _undo alone
-        self._drain = None                          # the latest
-        self._outcomes = {COMPLETED: 0, TIMED_OUT: 0, UNDONE: 0}
-        self._terminating = False                   # SIGTERM has come
-        self._passed_on_at = None                   # when `run` passed it on to the worker
-        self._other_counts = dict.fromkeys(
-            ("evicted_connections", "refused_connections", "refused_calls"), 0)
-        self._held = OrderedDict()                  # {InFlight: None}, the oldest first
-        self._held_since = None                     # since when there has been one
-        self._held_seconds = 0.0                    # for how long there had been one before
+
+    # How the rest of what the condition guards begins.
+    _duration_sum = 0.0
+    _short_durations = 0                # how many in a row; None: the log told of them
+    _last_start_time = None
+    _oldest_process = 0.0               # when it began, as it was last seen
+    _phase = SERVING                    # set by _begin, _finish_if_due and _undo alone
+    _drain = None                       # the latest
+    _terminating = False                # SIGTERM has come
+    _passed_on_at = None                # when `run` passed it on to the worker
+    _held_since = None                  # since when there has been a held start
+    _held_seconds = 0.0                 # for how long there had been one before
 
     # -- starts and ends
 
@@ -305,14 +314,14 @@ class RequestTracker:
         """
         with self._condition:
             now = time.monotonic()
-            self._catch_up(now, look=request_id is None)    # or it would end what others left behind
+            self._catch_up(now, look=request_id is None)    # or it ends what others left behind
             ending = self._oldest_without_id() if request_id is None else request_id
             request = self._remove(ending, now) or self._forget_given_up(ending)
             known = request is not None or ending in self._ended_ids
             if request:
                 self._record(request, request_id, seconds, now)
             elif not known:
-                self._unmatched += 1
+                self._counts["unmatched_ends"] += 1
                 if request_id is not None:
                     remember(self._early_ends, request_id, (now, seconds))
             return known, len(self._active), self._phase != SERVING
@@ -397,7 +406,8 @@ class RequestTracker:
         - it has become active, or has ended, by another call with its id;
         - draining: it is the oldest, and nothing has ended for BLOCKED_SECONDS. The hold may be
           what blocks the worker: an event loop that waits for us, a request within a request. It is
-          a trial: if the count falls below what it was within a second, all are answered (`_remove`);
+          a trial: where the count falls below what it was within a second, all are answered, by
+          `_remove`;
         - draining: it was held for HELD_LONGEST_SECONDS;
         - drained, and its worker is still there, HELD_SECONDS later or newly started: only that was
           restarted, or a person drained, and the drain is undone;
@@ -432,7 +442,8 @@ class RequestTracker:
             oldest = self._processes.oldest_began(now)
             if not request.answer:
                 self._let_go(request, now)
-                if request.id in self._active or request.local and oldest and request.asked < oldest:
+                left_behind = request.local and oldest and request.asked < oldest
+                if left_behind or request.id in self._active:
                     return
                 self._count(request, now)
                 self._hold_no_more(now, "a client gave up")
@@ -450,7 +461,7 @@ class RequestTracker:
     def count(self, figure: str) -> None:
         """Add one to a figure that is not about requests."""
         with self._condition:
-            self._other_counts[figure] += 1
+            self._counts[figure] += 1
 
     def snapshot(self) -> dict:
         """Return every figure as of one moment; times are in seconds since the epoch."""
@@ -461,9 +472,7 @@ class RequestTracker:
             oldest = next(iter(self._active.values()), None)
             held = next(iter(self._held), None)
             return {
-                **self._other_counts,
                 "active_requests": len(self._active),
-                "total_requests": self._started,
                 "last_request_time": self._last_start_time,
                 "start_time": self._start_time,
                 "is_processing": len(self._active) > 0,
@@ -471,9 +480,6 @@ class RequestTracker:
                 "phase": self._phase,
                 "draining": int(self._phase != SERVING),
                 "oldest_request_age_seconds": now - oldest.started if oldest else 0.0,
-                "unmatched_ends": self._unmatched,
-                "expired_requests": self._expired,
-                "left_behind_requests": self._left_behind,
                 "held_starts": len(self._held),
                 "oldest_held_start_age_seconds": now - held.asked if held else 0.0,
                 "drains": dict(self._outcomes),
@@ -482,6 +488,7 @@ class RequestTracker:
                     max(drain.grace_over_at - now, 0.0) if self._phase == DRAINING else None,
                 "grace_period_seconds": self.grace_period_seconds,
                 "durations": (list(self._duration_counts), self._duration_sum),
+                **self._counts,
             }
 
     def active_requests(self) -> list:
@@ -499,17 +506,20 @@ class RequestTracker:
         requests are given up once they are gone.
         """
         oldest = self._processes.oldest_began(now) if look else None
-        if oldest and oldest > self._oldest_process + 0.01:     # which is how coarse /proc's clock is
+        if oldest and oldest > self._oldest_process + 0.01:     # which is how coarse /proc is
             self._oldest_process = oldest
             left = [request for request in self._active.values()
                     if request.local and request.asked < oldest]
-            self._left_behind += len(left)
+            self._counts["left_behind_requests"] += len(left)
             self._give_up(left, now)
         self._give_up([self._active[name] for name in self._unheard
                        if now >= self._active[name].lapses_at], now)
         while self._active and self._is_too_old(next(iter(self._active.values())), now):
             self._give_up([next(iter(self._active.values()))], now)
-        while self._early_ends and now >= next(iter(self._early_ends.values()))[0] + EARLY_END_SECONDS:
+        while self._early_ends:
+            when, _ = next(iter(self._early_ends.values()))
+            if now < when + EARLY_END_SECONDS:
+                break
             self._early_ends.popitem(last=False)
         self._finish_if_due(now)
 
@@ -563,7 +573,8 @@ class RequestTracker:
         fields = {"active_requests": len(self._active), "held_starts": len(self._held),
                   "elapsed_seconds": rounded(now - self._drain.began)}
         for request in self._active.values():
-            fields.update(("oldest_" + name, value) for name, value in described(request, now).items())
+            fields.update(("oldest_" + name, value)
+                          for name, value in described(request, now).items())
             break
         return fields
 
@@ -574,10 +585,10 @@ class RequestTracker:
         if request.id in self._active:
             self._unheard.pop(request.id, None)     # this time its client hears the answer
         else:
-            self._started += 1
+            self._counts["total_requests"] += 1
             self._last_start_time = time.time()
             if not request.brought_id:
-                request.id = "%s-%d" % (self._id_prefix, self._started)
+                request.id = "%s-%d" % (self._id_prefix, self._counts["total_requests"])
                 self._without_id[request.id] = None
             self._forget_given_up(request.id)
             request.started, request.held_before = now, self._held_until(now)
@@ -616,7 +627,7 @@ class RequestTracker:
         self._latest_durations.append(measured)
         if seconds is None:
             seconds = measured
-        elif measured >= 0.1:
+        elif measured >= 0.1 and self._short_durations is not None:
             self._look_for_short_durations(seconds, measured)
         self._duration_counts[bisect_left(BUCKETS, seconds)] += 1
         self._duration_sum += seconds
@@ -626,8 +637,8 @@ class RequestTracker:
     def _look_for_short_durations(self, seconds, measured):
         """Say once that ten ends in a row told less than a thousandth of the time that passed."""
         self._short_durations = self._short_durations + 1 if seconds * 1000 < measured else 0
-        if self._short_durations == 10 and not self._short_durations_told:
-            self._short_durations_told = True
+        if self._short_durations == 10:
+            self._short_durations = None
             log.warning("durations are too short", {
                 "duration_seconds": seconds, "measured_seconds": rounded(measured),
                 "hint": "Go takes the duration of `defer end(time.Since(start))` before the work"})
@@ -635,7 +646,7 @@ class RequestTracker:
     def _give_up(self, requests, now):
         """Give up those that are still active; return how many there were."""
         requests = [request for request in requests if self._active.get(request.id) is request]
-        self._expired += len(requests)
+        self._counts["expired_requests"] += len(requests)
         for number, request in enumerate(requests):
             unheard = request.id in self._unheard
             self._remove(request.id, now)
@@ -709,7 +720,7 @@ def remember(latest, key, value):
         latest.popitem(last=False)
 
 
-# ---- The pod's processes --------------------------------------------------------------------------
+# ---- The pod's processes ------------------------------------------------------------------------
 
 class PodProcesses:
     """The processes of the pod's other containers, where the pod shares its process namespace.
@@ -763,13 +774,13 @@ def start_ticks(pid):
     """Return when a process began, in ticks since boot; None for a zombie, or one that is gone."""
     try:
         with open("/proc/%s/stat" % pid) as stat:
-            fields = stat.read().rpartition(") ")[2].split()        # fields 3 and following of proc(5)
+            fields = stat.read().rpartition(") ")[2].split()    # fields 3 and following of proc(5)
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-# ---- What is shown --------------------------------------------------------------------------------
+# ---- What is shown ------------------------------------------------------------------------------
 
 def rounded(seconds):
     return None if seconds is None else round(seconds, 3)
@@ -889,7 +900,7 @@ def process_families():
     try:
         with open("/proc/self/stat") as stat, open("/proc/stat") as system, \
                 open("/proc/self/limits") as limits:
-            fields = stat.read().rpartition(") ")[2].split()        # fields 3 and following of proc(5)
+            fields = stat.read().rpartition(") ")[2].split()    # fields 3 and following of proc(5)
             booted = float(re.search("^btime ([0-9]+)", system.read(), re.MULTILINE).group(1))
             max_fds = re.search("^Max open files +([0-9]+)", limits.read(), re.MULTILINE).group(1)
         open_fds = len(os.listdir("/proc/self/fd"))
@@ -914,7 +925,7 @@ def labels(**pairs):
                              for name, value in pairs.items())
 
 
-# ---- HTTP -----------------------------------------------------------------------------------------------------------
+# ---- HTTP ---------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS = 512           # to a port: of those who may change the count, and of the others
 CROWDED = MAX_CONNECTIONS * 3 // 4  # from here on each connection is closed after its answer
@@ -927,7 +938,7 @@ MAX_SEEN = 256
 IDLE_SECONDS = 60.0             # a connection between two requests
 REQUEST_SECONDS = 10.0          # from the first byte of a request to its last
 SEND_SECONDS = 10.0             # for the kernel to take a whole answer
-SILENT_SECONDS = 1.0            # after which a client that has sent nothing whole may lose its place
+SILENT_SECONDS = 1.0            # after which who has sent no whole request may lose its place
 ROOM_SECONDS = 0.25             # that one who counts waits for a place before another one loses its
 LINGER_SECONDS = 1.0            # for the last answer to be sent, or read
 
@@ -941,18 +952,16 @@ HOST = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[^]]*)?\]|[-.!$%&'()*+;=~0-9A-Z_a-z]*)(
 CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?")
 QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
-# Who calls. `trusted`: may change the count. `local`: from this machine, so perhaps a browser on it.
 FULLNESS = ("", "many connections: each is closed after its answer",
             "too many connections: the longest idle is closed, or a new one refused")
 
+# trusted: may change the count. local: on this machine, as a browser may be.
 Caller = namedtuple("Caller", "address trusted local")
-# `parameters` are those of the query. `dns_name` is the Host where that is a name with a dot.
+# parameters: of the query. dns_name: the Host, where that is a name with a dot.
 Request = namedtuple("Request", "method path query parameters headers keep_alive dns_name caller")
-Answer = namedtuple("Answer", "status content_type body headers")   # headers: pairs of name and value
-
-
-# What an endpoint returns whose answer has to wait. `answer(must)` returns it, or None; with `must` it
-# is given now. `trickles`: its client sees from time to time that something comes.
+Answer = namedtuple("Answer", "status content_type body headers")   # headers: (name, value) pairs
+# An answer that has to wait: answer(must) returns it, or None; must: it is given now. trickles: its
+# client sees now and then that something comes.
 Held = namedtuple("Held", "answer client_gone trickles")
 
 
@@ -992,14 +1001,17 @@ def encode_head(status, content_type, length, keep_alive, headers):
 
 @functools.lru_cache(maxsize=MAX_SEEN)
 def parse_request(line, block, caller):
-    """Return the Request that a first line and a block of header lines make: the same one for the
-    same bytes. HTTPError: they are malformed."""
+    """Return the Request that a first line and a block of header lines make.
+
+    The same bytes are the same Request, parsed once. HTTPError: they are malformed.
+    """
     method, path, query, version = parse_line(line)
     headers, old = headers_of(block), version == "0"
-    host = HOST.fullmatch(headers.get("host", ""))
-    if not host or not old and "host" not in headers:           # RFC 9112, 3.2
-        raise HTTPError(400, "Host %r: expected one HOST or HOST:PORT" % headers.get("host", "")[:100])
-    name = host.group(1).strip("[].").lower()
+    host = headers.get("host", "")
+    match = HOST.fullmatch(host)
+    if not match or "host" not in headers and not old:          # RFC 9112, 3.2
+        raise HTTPError(400, "Host %r: expected one HOST or HOST:PORT" % host[:100])
+    name = match.group(1).strip("[].").lower()
     dns_name = name if "." in name and not parse_address(name) else None
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if old else "close" not in connection
@@ -1020,7 +1032,10 @@ def parse_line(line):
 
 
 def parse_query(query):
-    """Return {name: value}. A name that comes twice has both values, on two lines: no valid id or duration."""
+    """Return {name: value}.
+
+    A name that comes twice has both values, on two lines: no valid id or duration.
+    """
     values = {}
     for pair in filter(None, query.split("&")):
         name, _, value = pair.replace("+", " ").partition("=")
@@ -1055,7 +1070,9 @@ def headers_of(block):
 
 @functools.lru_cache(maxsize=MAX_SEEN)
 def parse_address(text):
-    """Return the IP address that a text is, an IPv4-mapped one as IPv4, or None. The scope of a link-local one is dropped."""
+    """Return the IP address that a text is, without its scope, an IPv4-mapped one as IPv4; or
+    None.
+    """
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -1064,26 +1081,30 @@ def parse_address(text):
 
 
 def prefers(accept: str, media_type: str) -> bool:
-    """Tell whether an Accept field (RFC 9110, 12.5.1) names a media type, and wants it no less than text/plain."""
+    """Tell whether an Accept field names a media type, and wants it no less than text/plain.
+
+    RFC 9110, 12.5.1
+    """
     wanted = {}
     for part in accept.lower().split(","):
         name, *parameters = [piece.strip() for piece in part.split(";")]
         quality = next((text[2:] for text in parameters if text.startswith("q=")), "1")
-        wanted[name] = max(float(quality) if QUALITY.fullmatch(quality) else 0.0, wanted.get(name, 0.0))
+        weight = float(quality) if QUALITY.fullmatch(quality) else 0.0
+        wanted[name] = max(weight, wanted.get(name, 0.0))
     plain = next((wanted[name] for name in ("text/plain", "text/*", "*/*") if name in wanted), 0.0)
     return wanted.get(media_type, 0.0) >= max(plain, 0.001)
 
 
 class Connection:
-    """One connection, served by one thread: a request is read, then answered, until either side closes (RFC 9112)."""
+    """One connection: a request is read, then answered, until either side closes (RFC 9112)."""
 
     def __init__(self, server, connected, caller):
         self.server, self.socket, self.caller = server, connected, caller
         self.neighbours = server.connections[caller.trusted]    # those that share its budget
         self.thread = None
         self.received = b""                     # what has come and is not parsed yet
-        self.deadline = None                    # of the request that is being read; None between two requests
-        self.waiting_since = time.monotonic()   # for the client to send something; None while it waits for us
+        self.deadline = None                    # of the request that is being read
+        self.waiting_since = time.monotonic()   # for its client; None while that waits for us
         self.idle = False                       # between two requests: a close loses nothing
         self.held = None                        # (trickles?, since when) while its answer is held
         self.gives_way = False                  # another one has got its place
@@ -1095,7 +1116,7 @@ class Connection:
             self.wait_no_longer_than(IDLE_SECONDS)
             while self.serve_request():
                 pass
-        except OSError:                         # the client is gone, or has been silent for too long
+        except OSError:                         # the client is gone, or silent for too long
             pass
 
     def serve_request(self):
@@ -1118,7 +1139,8 @@ class Connection:
             self.send(answer, request)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("request", {"client": self.caller.address, "method": request.method,
-                                  "path": request.path, "query": request.query, "status": answer.status})
+                                  "path": request.path, "query": request.query,
+                                  "status": answer.status})
         self.idle, self.waiting_since = True, time.monotonic()
         return self.keeps_alive
 
@@ -1167,7 +1189,8 @@ class Connection:
             line = self.read_line()
             match = CHUNK_LINE.fullmatch(line)
             if not match:
-                raise HTTPError(400, "malformed chunk %r: expected its size in hexadecimal" % line[:100])
+                raise HTTPError(400, "malformed chunk %r: expected its size in hexadecimal"
+                                % line[:100])
             size = int(match.group(1), 16)
             total += size
             if total > MAX_BODY_BYTES:
@@ -1182,7 +1205,8 @@ class Connection:
     def read_line(self):
         while b"\n" not in self.received:
             if len(self.received) > MAX_LINE_BYTES:
-                raise HTTPError(400, "malformed chunk: a line is longer than %d bytes" % MAX_LINE_BYTES)
+                raise HTTPError(400, "malformed chunk: a line is longer than %d bytes"
+                                % MAX_LINE_BYTES)
             self.receive()
         line, _, self.received = self.received.partition(b"\n")
         return line[:-1] if line.endswith(b"\r") else line
@@ -1193,7 +1217,10 @@ class Connection:
         self.received = self.received[count:]
 
     def receive(self):
-        """Add what comes next to `received`. HTTPError: the request's time is over. OSError: the client is gone."""
+        """Add what comes next to `received`.
+
+        HTTPError: the request's time is over. OSError: the client is gone.
+        """
         if self.received and self.deadline is None:
             self.idle, self.waiting_since = False, time.monotonic()
             self.deadline = self.waiting_since + REQUEST_SECONDS
@@ -1204,21 +1231,22 @@ class Connection:
         except BlockingIOError:
             if self.deadline is None:
                 raise
-            raise HTTPError(408, "the request took longer than %d seconds to arrive" % REQUEST_SECONDS) from None
+            raise HTTPError(408, "the request took longer than %d seconds to arrive"
+                            % REQUEST_SECONDS) from None
         if not piece:
             raise ConnectionError("closed by the client")
         self.received += piece
 
     def wait_no_longer_than(self, seconds):
-        """Set the kernel's time-out of recv. It keeps that of send too: a poll less for each, and none depends on the other."""
+        """Set recv's time-out. The kernel keeps it and send's apart, and needs no poll for them."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
 
     def send_held(self, held, request):
         """Send an answer as soon as there is one, and return it.
 
         Where it trickles, its status line and the name of a header go out at once, then a byte of
-        that header's value now and then: a client that gives each read some time sees that something
-        comes, and one that has hung up shows (POLLHUP or POLLERR; a half-closed connection has
+        that header's value now and then: a client that gives each read some time sees something
+        come, and one that has hung up shows (POLLHUP or POLLERR; a half-closed connection has
         neither).
         """
         gone = select.poll()
@@ -1244,14 +1272,15 @@ class Connection:
     def send(self, answer, request=None, begun=b""):
         """Send an answer whose beginning may have been sent. No request: the connection ends."""
         crowded = len(self.neighbours) >= CROWDED and not self.received
-        self.keeps_alive = request is not None and request.keep_alive and not (crowded or self.gives_way)
+        self.keeps_alive = request is not None and request.keep_alive \
+            and not crowded and not self.gives_way
         data = encode(answer, self.keeps_alive, request is None or request.method != "HEAD")
         data = data[data.index(b"\r\n"):] if begun else data
         if self.socket.send(data) < len(data):
             raise ConnectionError("the client takes too long to read its answer")
 
     def idle_since(self, now):
-        """Return since when its client has sent nothing; infinity where it may not lose its place."""
+        """Return since when its client has been silent; infinity: it may not lose its place."""
         since = self.waiting_since
         may_go = since is not None and (self.idle or now - since >= SILENT_SECONDS)
         return since if may_go else float("inf")
@@ -1260,7 +1289,7 @@ class Connection:
         return not self.held and self.idle_since(now) > now
 
     def held_rank(self):
-        """Return how it ranks among the held ones: who hung up, starts and those held longest first."""
+        """Return how it ranks among the held: who hung up first, then starts, then the oldest."""
         try:
             hung_up = not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -1278,7 +1307,7 @@ class Connection:
             pass
 
     def linger(self):
-        """Read on for a moment: closing now, with bytes unread, resets the connection before the answer is read."""
+        """Read on for a moment: closed with bytes unread, it is reset, and the answer is lost."""
         self.idle = True
         self.socket.shutdown(socket.SHUT_WR)
         over_at = time.monotonic() + LINGER_SECONDS
@@ -1288,12 +1317,12 @@ class Connection:
 
 
 def timeval(seconds):
-    """Return a struct timeval of whole seconds, at least one: these bytes are right where its fields have 32 bits too."""
+    """Return a struct timeval of whole seconds; the bytes suit fields of 32 bits as well."""
     return struct.pack("qq", max(math.ceil(seconds), 1), 0)
 
 
 def check_head(head):
-    """Raise HTTPError where a head, or what has come of it, is too long, or begins as no request does (TLS, say)."""
+    """Raise HTTPError where a head, or what has come of it, is too long, or no HTTP (TLS, say)."""
     line, newline, _ = head.partition(b"\n")
     if len(line) > MAX_LINE_BYTES:
         raise HTTPError(414, "the request line is longer than %d bytes" % MAX_LINE_BYTES)
@@ -1304,7 +1333,7 @@ def check_head(head):
 
 
 class ConnectionThread(threading.Thread):
-    """Serves one connection after the other: to start a thread costs more than to answer a request."""
+    """Serves one connection after the other: to start a thread costs more than an answer."""
 
     def __init__(self, server):
         super().__init__(daemon=True)
@@ -1315,19 +1344,20 @@ class ConnectionThread(threading.Thread):
             self.server.serve_connection(self.inbox.get())
             if len(self.server.spare_threads) >= SPARE_THREADS:
                 break
-            self.server.spare_threads.append(self)      # one of a list's operations that threads may share
+            self.server.spare_threads.append(self)      # append and pop need no lock
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A port and its routes: {(method, path): function from a Request to an Answer}. HEAD is answered as GET is.
+    """A port and its routes: {(method, path): function from a Request to an Answer}.
 
-    serve_forever, on the port's own thread, calls for each connection
-        get_request -> process_request, which gives it to a ConnectionThread -> serve_connection -> shutdown_request.
-    It calls shutdown_request itself after handle_error, where process_request raised.
+    What calls what, for each connection:
+        serve_forever -> get_request -> process_request -> ConnectionThread
+        ConnectionThread -> serve_connection -> shutdown_request
+        serve_forever, where process_request raised -> handle_error -> shutdown_request
     """
 
     allow_reuse_port = False                # a port in use is an error, on every Python
-    request_queue_size = 1024               # a burst of connects must not wait for a SYN to be sent again
+    request_queue_size = 1024               # a burst of connects must not wait for a second SYN
 
     def __init__(self, host, port, api, routes):
         self.api, self.routes = api, routes
@@ -1337,7 +1367,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.out_of_descriptors = self.finishing = False
         if host:
             addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            self.address_family, _, _, _, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
+            ipv4_first = sorted(addresses, key=lambda found: found[0] != socket.AF_INET)
+            self.address_family, _, _, _, address = ipv4_first[0]
             super().__init__(address[:2], Connection)
         else:
             try:
@@ -1349,10 +1380,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self.address_family = socket.AF_INET
                 super().__init__(("0.0.0.0", port), Connection)
 
-    def server_bind(self):                  # without HTTPServer's look-up of the host's name, which may take seconds
+    def server_bind(self):                  # without HTTPServer's slow look-up of the host's name
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # connections inherit it
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # connections inherit it
         socketserver.TCPServer.server_bind(self)
 
     @property
@@ -1365,23 +1396,24 @@ class Server(http.server.ThreadingHTTPServer):
         except HTTPError as error:
             return error.answer
         except Exception as error:
-            log.error("request failed", {"path": request.path, "error": "%s: %s" % (type(error).__name__, error)})
+            log.error("request failed", {"path": request.path, "error": repr(error)})
             return json_answer({"error": "the sidecar failed; its log says how"}, 500)
 
     def route(self, request):
-        """Return the function for a request. HTTPError: there is none."""
+        """Return the function for a request; HEAD has that of GET. HTTPError: there is none."""
         method = "GET" if request.method == "HEAD" else request.method
         function = self.routes.get((method, request.path))
         if function:
             return function
         methods = sorted({method for method, path in self.routes if request.path in (path, "*")})
         if not methods:
-            raise HTTPError(404, "no endpoint %s: expected one of %s"
-                            % (request.path[:100], ", ".join(sorted({path for _, path in self.routes}))))
+            paths = ", ".join(sorted({path for _, path in self.routes}))
+            raise HTTPError(404, "no endpoint %s: expected one of %s" % (request.path[:100], paths))
         allow = ("Allow", ", ".join(methods + ["HEAD"] * ("GET" in methods)))
         if request.path == "*":             # RFC 9110, 9.3.7: OPTIONS of the server as a whole
             return lambda request: json_answer({}, headers=(allow,))
-        raise HTTPError(405, "%s %s: expected %s" % (request.method[:100], request.path, allow[1]), (allow,))
+        raise HTTPError(405, "%s %s: expected %s" % (request.method[:100], request.path, allow[1]),
+                        (allow,))
 
     def get_request(self):
         try:
@@ -1393,7 +1425,7 @@ class Server(http.server.ThreadingHTTPServer):
                 if not self.out_of_descriptors:
                     log.error("no connection accepted", {"error": error.strerror})
                 self.out_of_descriptors = True
-                time.sleep(0.1)             # the connection stays in the queue, so the next try would come at once
+                time.sleep(0.1)             # it stays in the queue: the next try would come at once
             raise
 
     def process_request(self, connected, client_address):
@@ -1433,7 +1465,7 @@ class Server(http.server.ThreadingHTTPServer):
     def evict(self, connection, now):
         """Take the place of one that idles or is held; return false where there is none."""
         others = list(connection.neighbours.values())
-        longest = min(others, key=lambda other: other.idle_since(now))
+        longest = min(others, key=lambda other: other.idle_since(now), default=connection)
         if longest.idle_since(now) > now:
             held = [other for other in others if other.held]
             if not held:
@@ -1472,7 +1504,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             connection.serve()
         except Exception as error:
-            log.error("connection failed", {"client": connection.caller.address, "error": repr(error)})
+            log.error("connection failed", {"client": connection.caller.address,
+                                            "error": repr(error)})
         finally:
             self.shutdown_request(connection.socket)
 
@@ -1482,10 +1515,11 @@ class Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(connected)
 
     def handle_error(self, connected, client_address):
-        log.error("connection failed", {"client": client_address[0], "error": repr(sys.exc_info()[1])})
+        log.error("connection failed", {"client": client_address[0],
+                                        "error": repr(sys.exc_info()[1])})
 
     def finish(self):
-        """Let the answers that are under way be sent: no connection is read from any more, so its thread ends."""
+        """Let the answers that are under way be sent. Nothing more is read, so each thread ends."""
         self.finishing = True
         over_at = time.monotonic() + LINGER_SECONDS
         connections = [*self.connections[0].values(), *self.connections[1].values()]
@@ -1506,8 +1540,8 @@ class Api:
 
     def __init__(self, tracker, trusted_clients, holds=False, own_name=""):
         self.tracker, self.trusted_clients, self.own_name = tracker, trusted_clients, own_name
-        self.holds = holds                  # whether a start is held that does not say what it wants
-        self.refused = OrderedDict()                # {(address, why): None} of the callers that the log has told of
+        self.holds = holds                  # whether a start that does not say it is held
+        self.refused = OrderedDict()        # {(address, why): None}: what the log has told
         self.routes = {
             ("GET", "/"): self.front,
             ("POST", "/start-request"): self.changing(self.start_request),
@@ -1533,7 +1567,7 @@ class Api:
         return address is not None and any(address in network for network in self.trusted_clients)
 
     def changing(self, function):
-        """Return `function` for those who may change the count: no others, and no page of another origin."""
+        """Return an endpoint for those alone who may change the count."""
         def guarded(request):
             why = self.refusal(request)
             if why is None:
@@ -1541,23 +1575,24 @@ class Api:
             self.tracker.count("refused_calls")
             if (request.caller.address, why) not in self.refused:
                 remember(self.refused, (request.caller.address, why), None)
-                log.warning("call refused", {"client": request.caller.address, "path": request.path, "reason": why})
+                log.warning("call refused", {"client": request.caller.address,
+                                             "path": request.path, "reason": why})
             raise HTTPError(403, "%s: %s" % (request.path, why))
         return guarded
 
     def refusal(self, request):
         """Return why a caller may not change the count, or None if it may."""
         if not request.caller.trusted:
-            return "%s may not change the count: expected loopback, or an address in TRUSTED_CLIENTS" % request.caller.address
-        origin = request.headers.get("origin")      # only browsers send it
-        if origin is not None:
-            host = re.sub(r"^https?://|:[0-9]*$", "", origin).strip("[]")
-            if host != "localhost" and not self.trusts(host):
-                return "a page of another site may not change the count"
-        if request.headers.get("sec-fetch-site") == "cross-site":
+            return "%s may not change the count: expected loopback, or an address in " \
+                "TRUSTED_CLIENTS" % request.caller.address
+        origin = request.headers.get("origin")                  # only browsers send it
+        host = origin and re.sub(r"^https?://|:[0-9]*$", "", origin).strip("[]")
+        if origin is not None and host != "localhost" and not self.trusts(host) \
+                or request.headers.get("sec-fetch-site") == "cross-site":
             return "a page of another site may not change the count"
-        if request.dns_name and request.caller.local and request.dns_name != self.own_name:     # DNS rebinding
-            return "Host %s may be another site's: expected an address, or a name without a dot" % request.dns_name
+        if request.dns_name not in (None, self.own_name) and request.caller.local:
+            return "a page of another site may have pointed %s here: expected a Host that is an " \
+                "address or has no dot" % request.dns_name
         return None
 
     def front(self, request):
@@ -1589,10 +1624,10 @@ class Api:
                 bad_duration = "duration %s" % error
         known, active, draining = self.tracker.end(request_id, seconds)
         if not known:
-            raise HTTPError(409, "no such request is active: %s" % request_id if request_id is not None else
-                            "no request that was started without an id is active",
-                            active_requests=active, draining=draining)
-        if bad_duration:                    # told, but ended all the same: not every worker looks at the answer
+            which = "no request that was started without an id is active" if request_id is None \
+                else "no such request is active: %s" % request_id
+            raise HTTPError(409, which, active_requests=active, draining=draining)
+        if bad_duration:                    # but ended: not every worker looks at the answer
             raise HTTPError(400, bad_duration, active_requests=active, draining=draining)
         return counted(active, draining)
 
@@ -1626,9 +1661,10 @@ class Api:
 
     def prometheus(self, request):
         openmetrics = prefers(request.headers.get("accept", ""), "application/openmetrics-text")
-        return Answer(200, "application/openmetrics-text; version=1.0.0; charset=utf-8" if openmetrics else
-                      "text/plain; version=0.0.4; charset=utf-8",
-                      render_prometheus(self.tracker.snapshot(), openmetrics), headers=())
+        form = "application/openmetrics-text; version=1.0.0" if openmetrics \
+            else "text/plain; version=0.0.4"
+        text = render_prometheus(self.tracker.snapshot(), openmetrics)
+        return Answer(200, form + "; charset=utf-8", text, headers=())
 
 
 def started_answer(answer):
@@ -1645,19 +1681,20 @@ def name_of(values, parameter):
     return name
 
 
-# ---- The process ----------------------------------------------------------------------------------------------------
+# ---- The process --------------------------------------------------------------------------------
 
 class LogHandler(logging.Handler):
-    """Write one line an event to stderr, as text or JSON. The arguments of log.info and the like: the event, its fields.
+    """Write one line an event to stderr, as text or JSON.
 
-    A thread writes, because whoever logs may hold the tracker's lock, and a pipe that nobody reads blocks. Then lines wait,
+    The arguments of log.info and the like are the event and its fields. A thread writes, because
+    whoever logs may hold the tracker's lock, and a pipe that nobody reads blocks. Then lines wait,
     and those over MAX_QUEUED_BYTES are dropped and counted.
     """
 
     def __init__(self, as_json):
         super().__init__()
-        self.as_json, self.lines = as_json, queue.SimpleQueue()     # of bytes, and of functions to call when it is their turn
-        self.queued_bytes = self.dropped = 0        # changed by emit alone, which logging.Handler locks
+        self.as_json, self.lines = as_json, queue.SimpleQueue()
+        self.queued_bytes = self.dropped = 0        # changed by emit alone, with the handler's lock
         self.written_bytes = 0                      # changed by the thread alone
         threading.Thread(target=self.write_lines, daemon=True).start()
 
@@ -1666,8 +1703,8 @@ class LogHandler(logging.Handler):
         fields.update(record.args or {})
         if self.as_json:
             return json.dumps(fields)
-        return "%s %s %s" % (fields.pop("time"), fields.pop("level"), fields.pop("event")) + "".join(
-            " %s=%s" % (name, as_word(value)) for name, value in fields.items())
+        first = [fields.pop(name) for name in ("time", "level", "event")]
+        return " ".join(first + ["%s=%s" % (name, as_word(fields[name])) for name in fields])
 
     def emit(self, record):
         if self.queued_bytes - self.written_bytes >= MAX_QUEUED_BYTES:
@@ -1683,27 +1720,27 @@ class LogHandler(logging.Handler):
     def write_lines(self):
         while True:
             line = self.lines.get()
-            if callable(line):
-                line()
-            else:
-                write(2, line)
-                self.written_bytes += len(line)
+            write(2, line)
+            self.written_bytes += len(line)
 
     def flush(self):
         """Wait until what was logged is written, but no longer than LINGER_SECONDS."""
-        written = threading.Event()
-        self.lines.put(written.set)
-        written.wait(LINGER_SECONDS)
+        over_at = time.monotonic() + LINGER_SECONDS
+        while self.written_bytes < self.queued_bytes and time.monotonic() < over_at:
+            time.sleep(0.001)
 
 
 def as_word(value):
-    """Return a field's value for a line of text: quoted, and escaped to ASCII, where its bounds or signs could deceive."""
+    """Return a field's value as text; in quotes and as ASCII where a sign in it could deceive."""
     text = str(value)
     return json.dumps(value) if re.search(r'[\s"=]', text) or not text.isprintable() else text
 
 
 def write(descriptor, data):
-    """Write it all, also where a worker has made the shared pipe non-blocking (Node.js does). Return whether that went well."""
+    """Write it all; return whether that went well.
+
+    Another process may have made a shared pipe non-blocking, as Node.js does with its stderr.
+    """
     while data:
         try:
             data = data[os.write(descriptor, data):]
@@ -1748,14 +1785,16 @@ def serve(command: list = ()) -> None:
     sure_to_end = processes.shared or bool(command)     # SIGTERM ends a worker without a handler
     holds = settings.hold_starts == "always" or settings.hold_starts == "auto" and sure_to_end
     api = Api(tracker, settings.trusted_clients, holds, settings.host.lower())
-    servers = [listen("SIDECAR_PORT", settings.host, settings.port, api, api.routes),
-               listen("METRICS_PORT", settings.host, settings.metrics_port, api, api.metrics_routes)]
+    servers = [
+        listen("SIDECAR_PORT", settings.host, settings.port, api, api.routes),
+        listen("METRICS_PORT", settings.host, settings.metrics_port, api, api.metrics_routes)]
     drainer = Drainer(tracker) if command else None
     cpus = start_threads(settings, tracker, servers, drainer)
     worker = start_worker(command, servers[0].url, mask, cpus) if command else None
     log.info("listening", {"api": servers[0].url, "metrics": servers[1].url,
                            "version": __version__})
-    if settings.hold_starts == "auto" and not sure_to_end and "KUBERNETES_SERVICE_HOST" in os.environ:
+    in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+    if settings.hold_starts == "auto" and not sure_to_end and in_pod:
         log.warning("starts are not held while draining",
                     {"missing": "shareProcessNamespace: true in the pod's spec"})
     if worker:
@@ -1856,7 +1895,7 @@ def leave(status, servers=()):
     os._exit(status)
 
 
-# ---- python sidecar.py run -- COMMAND -------------------------------------------------------------
+# ---- python sidecar.py run -- COMMAND -----------------------------------------------------------
 
 # Every signal but those that cannot be caught, those that a fault of this process raises, and those
 # of job control, which a terminal sends to its whole foreground group.
@@ -1975,7 +2014,7 @@ def reap(worker):
     return ended
 
 
-# ---- The command line -----------------------------------------------------------------------------------------------
+# ---- The command line ---------------------------------------------------------------------------
 
 ASK_SECONDS = 5.0               # that a command waits for an answer
 
@@ -1995,7 +2034,7 @@ def ask(command: str) -> int:
 
     try:
         seconds = ASK_SECONDS
-        if command == "drain":              # a sidecar that hangs must not hold the preStop hook for longer than it may
+        if command == "drain":              # it ends, also where the sidecar hangs
             seconds += json.loads(get("/metrics", seconds)[1])["grace_period_seconds"]
         status, text = get("/" + command, seconds)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
@@ -2008,7 +2047,8 @@ def ask(command: str) -> int:
 def sidecar_address(environ):
     """Return (host, port, path before the endpoints, URL). ValueError names a bad variable."""
     def parse(url):
-        match = re.fullmatch(r"(?i:http)://(\[[^]/]+\]|[^][:/?#@\s]+)(?::([0-9]+))?(/[^?#\s]*)?", url)
+        match = re.fullmatch(
+            r"(?i:http)://(\[[^]/]+\]|[^][:/?#@\s]+)(?::([0-9]+))?(/[^?#\s]*)?", url)
         host, port, path = match.groups() if match else ("", "no", "")
         return host.strip("[]"), parse_port(port or "80", 1), (path or "").rstrip("/"), url
 
@@ -2020,13 +2060,13 @@ def sidecar_address(environ):
     return host, port, "", url_of(host, port)
 
 
-def main(arguments):
-    while os.open(os.devnull, os.O_RDWR) < 3:       # a socket must not get the number of a stderr that is closed
+def main(arguments: list) -> int:
+    while os.open(os.devnull, os.O_RDWR) < 3:       # no socket gets the number of a closed stderr
         pass
     if not arguments:
-        serve()
+        serve()                                     # never returns
     if arguments[:2] == ["run", "--"] and arguments[2:]:
-        serve(arguments[2:])
+        serve(arguments[2:])                        # never returns
     if len(arguments) == 1 and arguments[0] in COMMANDS:
         return ask(arguments[0])
     if arguments in (["--help"], ["-h"]):
@@ -2044,19 +2084,500 @@ def main(arguments):
          % (" ".join(map(repr, arguments)), ", ".join(COMMANDS)))
 
 
-# ---- The page -------------------------------------------------------------------------------------------------------
+# ---- The client, for workers in Python ----------------------------------------------------------
+
+MAX_UNSAID = 10000              # requests of which the sidecar has still to be told
+MAX_KEPT_CONNECTIONS = 16       # of a process, between two calls
+ANSWER_HEAD = re.compile(rb"HTTP/1\.1 ([0-9]{3}) [^\r\n]*\r\n(?:[^\r\n]+\r\n)*?"
+                         rb"Content-Length: ([0-9]{1,5})\r\n(?:[^\r\n]+\r\n)*\r\n")
+DECODE = json.JSONDecoder().raw_decode      # what json.loads does around it costs as much again
+
+
+class Sidecar:
+    """Tells the sidecar of each request that a worker has in flight.
+
+        sidecar = Sidecar()
+        for message in consumer:
+            with sidecar.track():
+                handle(message)
+                consumer.commit()
+
+    Make one for a process, and use it from all threads, event loops and forked children. No method
+    raises, and the two calls for a request delay it by a second at most. Only while the sidecar
+    drains a start may take longer: it is held, because this worker is about to be removed. After
+    a failure the sidecar is left alone for REST_SECONDS; what it has not heard it is told later,
+    by one thread or with the next call.
+    """
+
+    CALL_SECONDS = 0.5          # the longest that a call takes; a request makes two
+    SILENCE_SECONDS = 3.0       # between two bytes of a held answer; the server sends 4 a second
+    REST_SECONDS = 3.0
+    WATCH_SECONDS = 1.0         # how often the thread looks whether there is something to do
+
+    def __init__(self, url: str | None = None, *, name: str | None = None,
+                 hold: bool | None = None) -> None:
+        """Take note of where the sidecar is. Nothing is started, and nothing is called yet.
+
+        url: default: the variable SIDECAR_URL, or http://127.0.0.1:8081.
+        name: of this process, where several share a sidecar, such as "slot3": its ids begin with
+            "slot3:", and its `reset` gives up only those.
+        hold: False where the worker ends cleanly by itself on SIGTERM, or is pushed to: then its
+            starts are answered at once in a drain too. True: they are held in every drain. None:
+            the sidecar decides (its variable HOLD_STARTS).
+        ValueError: no such URL, or a name that is not 1 to 64 printable characters.
+        """
+        self.url = (url or os.environ.get("SIDECAR_URL") or "http://127.0.0.1:8081").strip()
+        try:
+            parts = urlsplit(self.url)
+            if parts.scheme != "http" or not parts.hostname:
+                raise ValueError
+            # As bytes: a text would be encoded by a module that is imported then, and a child that
+            # is forked meanwhile waits for ever for the import's lock.
+            self._address = parts.hostname.encode("ascii"), parts.port or 80
+        except ValueError:
+            raise ValueError("SIDECAR_URL=%r: expected http://HOST:PORT" % self.url) from None
+        if name is not None and not (0 < len(name) <= 64 and name.isprintable()):
+            raise ValueError("name=%r: expected 1 to 64 printable characters" % name)
+        self.draining = False               # what the sidecar said last: take no more work
+        self._base = quote(parts.path.rstrip("/"), safe="/%")
+        self._head = " HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n" % (
+            parts.netloc.rpartition("@")[2])
+        self._prefix = name + ":" if name else ""
+        self._quoted_prefix = quote(self._prefix, safe="")
+        self._hold = "" if hold is None else "&hold=true" if hold else "&hold=false"
+        self._memories = {}                 # {pid: ProcessMemory}: a forked child begins anew
+
+    def track(self, request_id: str | None = None) -> Tracked:
+        """Return a context manager for a request: `with`, or in a coroutine `async with`.
+
+        However the block is left, the end is told with the duration, and an exception goes on.
+        request_id: an id of your own, with the name 1 to 128 printable characters; default: a
+            random one.
+        """
+        if request_id is None:
+            return Tracked(self, self._quoted_prefix + os.urandom(16).hex())
+        return Tracked(self, quote(self._prefix + request_id, safe=""))
+
+    def start(self, request_id: str) -> None:
+        """Say that a request begins: where a framework has a hook before and one after the work.
+
+        request_id: an id of your own, with the name 1 to 128 printable characters.
+        """
+        request = self._memory.started[request_id] = self.track(request_id)
+        request.__enter__()
+
+    def end(self, request_id: str) -> None:
+        """Say that a request has ended, also one that another process started."""
+        request = self._memory.started.pop(request_id, None)
+        if request is None:
+            request = self.track(request_id)
+            request.heard = True
+        request.__exit__()
+
+    def ready(self) -> bool:
+        """Ask whether work may be taken. A sidecar that is gone does not undo what it said last."""
+        self._memory.rest_until = 0.0
+        finish(self._call(Blocking, "GET", "/ready"))
+        return not self.draining
+
+    def reset(self) -> None:
+        """Say that this worker has just started: what one before it left behind is given up.
+
+        With a name, that is what began under the same name.
+        """
+        query = "?prefix=" + self._quoted_prefix if self._prefix else ""
+        finish(self._call(Blocking, "POST", "/reset" + query))
+
+    def on_drain(self, callback: Callable[[], object]) -> None:
+        """Have `callback()` called once, when the sidecar first says that it drains.
+
+        Set while an event loop runs, it is called in that loop, and a coroutine function becomes a
+        task there. Otherwise it is called on a thread of its own. A worker that is idle hears of a
+        drain too: from now on a thread asks each WATCH_SECONDS. It implies hold=False.
+        """
+        asyncio = sys.modules.get("asyncio")        # where nobody has imported it, no loop runs
+        try:
+            loop = asyncio and asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        self._hold = "&hold=false"
+        self._memory.callbacks.append((callback, loop))
+        if self.draining:
+            self._call_back()
+        self._attend()
+
+    def close(self) -> None:
+        """Say, as the worker exits, what could not be said yet; it takes half a second at most."""
+        memory = self._memory
+        memory.rest_until = 0.0
+        finish(self._say_rest(Blocking, time.monotonic() + self.CALL_SECONDS))
+        while memory.kept:
+            memory.kept.pop().close()
+
+    # What follows is written once, as coroutines over Blocking or InLoop. It takes no lock that
+    # others wait for, since a signal handler, or a child forked by another thread, may come in
+    # between; each step on a list or dict is a single one instead.
+
+    @property
+    def _memory(self):
+        pid = os.getpid()
+        return self._memories.get(pid) or self._memories.setdefault(pid, ProcessMemory())
+
+    async def _report(self, io, request, hold="&hold=false"):
+        """Say what has become of a request; if that was heard, what is unsaid of others too."""
+        deadline = time.monotonic() + self.CALL_SECONDS
+        unsaid = self._memory.unsaid
+        unsaid.pop(request.id, None)
+        if await self._say(io, request, deadline, hold) and unsaid:
+            await self._say_rest(io, deadline)
+
+    async def _say_rest(self, io, deadline):
+        unsaid = self._memory.unsaid
+        for request_id in list(unsaid):
+            if time.monotonic() > deadline - self.CALL_SECONDS / 2:     # too late to say more now
+                break
+            request = unsaid.pop(request_id, None)      # whoever takes it out says it
+            if request and not await self._say(io, request, deadline):
+                break
+
+    async def _say(self, io, request, deadline, hold="&hold=false"):
+        """Say that a request has begun or ended, whichever it has; return False if it stays unsaid.
+
+        A start that is said late is never held: its work is under way.
+        """
+        ended, said, query = request.ended, False, "?id=" + request.id
+        if ended and not request.heard:
+            return True                 # an end whose start was not heard would count as a mistake
+        if ended and request.seconds is not None:
+            query += "&duration=%.6fs" % request.seconds
+        path = "/end-request" + query if ended else "/start-request" + query + hold
+        try:
+            status = await self._call(io, "POST", path, deadline, request)
+            if 400 <= status < 500 and not ended:
+                request.heard = False               # it was heard, but not counted
+            said = 0 < status < 500 or ended and self._is_gone()
+        finally:                                    # also when this coroutine is cancelled
+            if not said or ended != request.ended:  # another thread may have ended it meanwhile
+                self._keep(request)
+        return said
+
+    def _is_gone(self):
+        """Return true where nobody listens there: so every count is gone too."""
+        return isinstance(self._memory.trouble, ConnectionRefusedError)
+
+    def _keep(self, request):
+        unsaid = self._memory.unsaid
+        if len(unsaid) < MAX_UNSAID:
+            unsaid[request.id] = request
+        self._attend()
+
+    async def _call(self, io, method, path, deadline=None, request=None):
+        """Make a call; return the status of the answer, or 0 if there was none."""
+        memory, now = self._memory, time.monotonic()
+        if now < memory.rest_until:
+            return 0
+        deadline = deadline or now + self.CALL_SECONDS
+        try:
+            call = "%s %s%s" % (method, self._base, path)
+            status, content = await self._exchange(io, memory.kept, call, deadline, request)
+            if path == "/ready" and (status == 200 or content.get("error") in (DRAINING, DRAINED)):
+                self.draining = status != 200
+            elif "draining" in content:
+                self.draining = bool(content["draining"])
+            elif status != 200:
+                raise RefusedCall(status, content.get("error"))
+            trouble = None
+        except (OSError, ValueError, RuntimeError) as failure:      # RuntimeError: as we exit
+            status, trouble = getattr(failure, "status", 0), failure
+        if trouble is not memory.trouble:
+            self._note(memory, trouble, status)
+        if self.draining and memory.callbacks:
+            self._call_back()
+        return status
+
+    async def _exchange(self, io, kept, call, deadline, request):
+        """Return (status, content) of the answer, over a kept connection or else a new one.
+
+        Where a kept one turns out closed the call is made again: all calls may be repeated.
+        """
+        data = (call + self._head).encode()
+        answer = None
+        while answer is None:
+            try:
+                connection, is_new = kept.pop(), False
+            except IndexError:
+                connection = await io.connect(self._address, deadline - time.monotonic())
+                is_new = True
+            if request:
+                request.heard = True
+            try:
+                await io.send(connection, data)
+                answer = await self._read_answer(io, connection, deadline)
+            except ConnectionError:
+                if is_new:
+                    raise
+            finally:
+                if answer and len(kept) < MAX_KEPT_CONNECTIONS:
+                    kept.append(connection)
+                else:
+                    connection.close()
+        return answer
+
+    async def _read_answer(self, io, connection, deadline):
+        received, answer = b"", None
+        while answer is None:
+            seconds = self.SILENCE_SECONDS if received else deadline - time.monotonic()
+            piece = await io.receive(connection, max(seconds, 0.001))
+            if not piece:
+                raise ConnectionResetError(errno.ECONNRESET, "closed by the sidecar")
+            received += piece
+            answer = parse_answer(received)
+        return answer
+
+    def _note(self, memory, trouble, status):
+        """Rest after a failure. Log it, once each kind until all is well again, and log that."""
+        if trouble is None:
+            log.info("reporting to the sidecar at %s", self.url)
+            memory.told &= {400}
+            memory.trouble = None
+            return
+        if status != 400:               # one request's id may be malformed; the others are not
+            memory.trouble = trouble
+            memory.rest_until = time.monotonic() + self.REST_SECONDS
+        if status not in memory.told:
+            memory.told.add(status)
+            log.warning("working without the sidecar, %s %s: %s", self.url,
+                        "refuses to count" if status else "does not answer", trouble)
+
+    def _attend(self):
+        """Start the thread, if it has something to do and does not run."""
+        memory = self._memory
+        if (memory.unsaid or memory.callbacks) and memory.attended.acquire(False):
+            try:
+                threading.Thread(target=self._attend_to, args=(memory,), name="sidecar",
+                                 daemon=True).start()
+            except RuntimeError:        # the process limit, or the interpreter exits: do without
+                memory.attended.release()
+
+    def _attend_to(self, memory):
+        try:
+            while memory.unsaid or memory.callbacks:
+                time.sleep(self.WATCH_SECONDS)
+                if memory.callbacks:
+                    finish(self._call(Blocking, "GET", "/ready"))
+                finish(self._say_rest(Blocking, time.monotonic() + self.CALL_SECONDS))
+        finally:
+            memory.attended.release()
+        self._attend()                  # for what was put there before the release
+
+    def _call_back(self):
+        callbacks = self._memory.callbacks
+        while callbacks:
+            try:
+                callback, loop = waiting = callbacks.pop(0)
+            except IndexError:          # another thread has taken it
+                return
+            try:
+                if loop is None:
+                    threading.Thread(target=callback, name="on_drain", daemon=True).start()
+                elif not loop.is_closed():
+                    loop.call_soon_threadsafe(run_in_loop, callback, self._memory.tasks)
+            except RuntimeError:        # no thread can be started: the next answer tries again
+                callbacks.append(waiting)
+                return
+
+
+class Tracked:
+    """A request of a worker, as `Sidecar.track` returns it: for one `with` or `async with`."""
+
+    def __init__(self, sidecar: Sidecar, request_id: str) -> None:
+        self.id = request_id            # percent-encoded
+        self.heard = False              # may the sidecar have heard of its start?
+        self.ended = False
+        self.seconds = None             # how long it took, if that is known
+        self._sidecar, self._began = sidecar, 0.0
+
+    async def _enter(self, io):
+        try:
+            await self._sidecar._report(io, self, self._sidecar._hold)
+        except BaseException:           # cancelled, or Ctrl-C: the block will not run
+            self.ended = True
+            self._sidecar._keep(self)
+            raise
+        self._began = time.monotonic()
+
+    async def _exit(self, io):
+        if self._began:
+            self.seconds = time.monotonic() - self._began
+        self.ended = True
+        await self._sidecar._report(io, self)
+
+    def __enter__(self) -> Tracked:
+        finish(self._enter(Blocking))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        finish(self._exit(Blocking))
+
+    async def __aenter__(self) -> Tracked:
+        await self._enter(InLoop)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._exit(InLoop)
+
+
+class ProcessMemory:
+    """What a client remembers in one process. Any thread may use any of it."""
+
+    def __init__(self):
+        self.kept = []                  # connections between two calls
+        self.unsaid = {}                # {id: Tracked} of which the sidecar has still to be told
+        self.started = {}               # {id: Tracked} between `start` and `end`
+        self.callbacks = []             # (callback, its event loop or None) that wait for a drain
+        self.tasks = []                 # what they became: asyncio itself keeps no reference
+        self.rest_until = 0.0           # on the monotonic clock
+        self.trouble = "unknown"        # why the last call failed; None: it did not
+        self.told = set()               # the statuses that are in the log, 0 for no answer
+        self.attended = threading.Lock()        # the thread of `_attend` has it; nobody waits
+
+
+class RefusedCall(ValueError):
+    """The sidecar will not do what it was asked. `status` is 0 if it may do it later."""
+
+    def __init__(self, status, text):
+        super().__init__("%d: %s" % (status, text))
+        self.status = status if status < 500 else 0
+
+
+def parse_answer(received):
+    """Return (status, JSON object) of an answer of this file's server; None: more is to come.
+
+    ValueError: it is anything else, such as another server's.
+    """
+    if b"\r\n\r\n" not in received and len(received) < MAX_HEAD_BYTES \
+            and received.startswith(b"HTTP/1.1 "[:len(received)]):
+        return None
+    head = ANSWER_HEAD.match(received)
+    if head and len(received) < head.end() + int(head.group(2)):
+        return None
+    text = received[head.end():].decode() if head else ""
+    content, end = DECODE(text) if head else (None, 0)
+    if not isinstance(content, dict) or end < len(text.rstrip()):
+        raise ValueError("expected the answer of a sidecar, got %.80r" % received)
+    return int(head.group(1)), content
+
+
+def finish(coroutine):
+    """Run a coroutine over Blocking, which never suspends it, to its end; return its result."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+
+
+class Blocking:
+    """Sockets for threads. OSError: a call failed, or took too long. A send is a few bytes."""
+
+    @staticmethod
+    async def connect(address, seconds):
+        return socket.create_connection(address, max(seconds, 0.001))
+
+    @staticmethod
+    async def send(connection, data):
+        connection.sendall(data)
+
+    @staticmethod
+    async def receive(connection, seconds):
+        connection.settimeout(seconds)
+        return connection.recv(65536)
+
+
+class InLoop:
+    """The same for coroutines. Between two calls a socket belongs to no loop."""
+
+    @staticmethod
+    async def connect(address, seconds):
+        import asyncio                  # here, because threads need none of it
+        connecting = connect_in_loop(asyncio.get_running_loop(), *address)
+        try:
+            return await asyncio.wait_for(connecting, max(seconds, 0.001))
+        except asyncio.TimeoutError:
+            raise socket.timeout("timed out") from None
+
+    @staticmethod
+    async def send(connection, data):
+        connection.setblocking(False)
+        connection.sendall(data)
+
+    @staticmethod
+    async def receive(connection, seconds):
+        import asyncio
+        loop = asyncio.get_running_loop()
+        # The time-out ends the wait as if the sidecar had closed the connection. wait_for would
+        # cost a task for each call.
+        timer = loop.call_later(seconds, shut_down_socket, connection)
+        try:
+            piece = await loop.sock_recv(connection, 65536)
+        except BaseException:
+            if sys.version_info < (3, 8):
+                loop.remove_reader(connection)      # a cancellation leaves it there
+            raise
+        finally:
+            timer.cancel()
+        if not piece and loop.time() >= timer.when():
+            raise socket.timeout("timed out")
+        return piece
+
+
+async def connect_in_loop(loop, host, port):
+    """Return a connected socket that does not block. What needs no look-up needs no thread."""
+    try:
+        flags = 0 if host == b"localhost" else socket.AI_NUMERICHOST
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except socket.gaierror:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for number, (family, kind, protocol, _, address) in enumerate(found, 1):
+        connection = socket.socket(family, kind, protocol)
+        connection.setblocking(False)
+        try:
+            await loop.sock_connect(connection, address)
+            return connection
+        except BaseException as error:
+            connection.close()
+            if number == len(found) or not isinstance(error, OSError):
+                raise
+
+
+def shut_down_socket(connection):
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:                     # the sidecar was faster
+        pass
+
+
+def run_in_loop(callback, tasks):
+    result = callback()
+    if hasattr(result, "__await__"):
+        import asyncio
+        tasks.append(asyncio.ensure_future(result))
+
+
+# ---- The page -----------------------------------------------------------------------------------
 
 PAGE = """<!doctype html>
 <html lang="en">
 <meta name="viewport" content="width=device-width">
 <title>sidecar</title>
 <style>
-:root { color-scheme: light dark; --rule: light-dark(#e2ded6, #303136); --hue: light-dark(#0b766e, #45c4b0) }
+:root { color-scheme: light dark; --rule: light-dark(#e2ded6, #303136);
+  --hue: light-dark(#0b766e, #45c4b0) }
 [data-phase^=drain] { --hue: light-dark(#ad5700, #f2a541) }
 [data-phase=gone] { --hue: light-dark(#b3261e, #ff8a7d) }
 * { margin: 0; font: inherit }
-body { max-width: 42rem; margin: auto; padding: 2rem 1.25rem; background: light-dark(#fcfbf9, #141517);
-  color: light-dark(#6b6760, #98948c); font: .875rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+body { max-width: 42rem; margin: auto; padding: 2rem 1.25rem; color: light-dark(#6b6760, #98948c);
+  background: light-dark(#fcfbf9, #141517); font: .875rem/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums }
 .ends, #figures tbody { display: flex; justify-content: space-between }
 header, #longest tr { padding-bottom: .5rem; box-shadow: inset 0 -1px var(--rule);
   background: linear-gradient(var(--hue) 0 0) 0 100% / 0 2px no-repeat }
@@ -2064,7 +2585,8 @@ header, #longest tr { padding-bottom: .5rem; box-shadow: inset 0 -1px var(--rule
 #active { margin: 2rem -.05em 0; font-size: 5.5rem; line-height: 1 }
 [data-phase=gone] header ~ * { opacity: .4 }
 svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--rule) }
-path { fill: var(--hue); fill-opacity: .15; stroke: var(--hue); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+path { fill: var(--hue); fill-opacity: .15; stroke: var(--hue); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke }
 table { width: 100%; margin-top: 2rem; border-collapse: collapse }
 td { padding: .4rem 0; overflow-wrap: anywhere }
 td + td { color: CanvasText }
@@ -2080,7 +2602,7 @@ td + td { color: CanvasText }
 <table id="figures"></table>
 <table id="longest"></table>
 <script>
-const WINDOW = 180, GAP = 4;  // seconds: the width of the chart, and the silence that it shows
+const WINDOW = 180, GAP = 4;  // seconds: of the chart, and a silence that shows
 const find = css => document.querySelector(css);
 let samples = [], most = 0, heard = "";
 
@@ -2104,7 +2626,8 @@ function rows(table, content) {
 
 function time(s) {
   if (s < 60) return s.toFixed(1) + " s";
-  return s < 3600 ? `${s / 60 | 0} min ${s % 60 | 0} s` : `${s / 3600 | 0} h ${s / 60 % 60 | 0} min`;
+  return s < 3600 ? `${s / 60 | 0} min ${s % 60 | 0} s`
+    : `${s / 3600 | 0} h ${s / 60 % 60 | 0} min`;
 }
 
 function phase(name, story, share) {
@@ -2128,7 +2651,8 @@ function show(m, requests) {
 
 function draw(now) {
   samples = samples.filter(s => s.at > now - WINDOW);
-  const peak = Math.max(1, ...samples.map(s => s.active)), x = at => (WINDOW - 1 - now + at).toFixed(2);
+  const peak = Math.max(1, ...samples.map(s => s.active)),
+    x = at => (WINDOW - 1 - now + at).toFixed(2);
   put(find("#peak"), "peak " + peak);
   find("path").setAttribute("d", samples.map(({ at, active }, i) => {
     const near = s => s && Math.abs(s.at - at) < GAP, next = samples[i + 1];
@@ -2143,7 +2667,8 @@ async function ask(path) {
 }
 
 async function tick() {
-  const answers = await Promise.all([ask("metrics"), ask("requests")]).catch(() => 0), now = Date.now() / 1000;
+  const answers = await Promise.all([ask("metrics"), ask("requests")]).catch(() => 0),
+    now = Date.now() / 1000;
   if (answers) {
     samples.push({ at: now, active: answers[0].active_requests });
     show(answers[0], answers[1].slice(0, 10));
@@ -2158,16 +2683,16 @@ tick();
 
 
 def content_security_policy():
-    """Return the page's Content-Security-Policy: its own script and style, its own origin to ask, and nothing else."""
-    import base64           # here, because a start shall not pay for what only a person with a browser wants
+    """Return the page's own script and style, and its origin to ask, as all that it may use."""
+    import base64           # here, because only a person with a browser needs it
     import hashlib
 
     def digest(tag):
         text = PAGE.split("<%s>" % tag)[1].split("</%s>" % tag)[0]
         return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-    return ("default-src 'none'; connect-src 'self'; script-src %s; style-src %s; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'" % (digest("script"), digest("style")))
+    return ("default-src 'none'; connect-src 'self'; script-src %s; style-src %s; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'" % (digest("script"), digest("style")))
 
 
 if __name__ == "__main__":

@@ -907,7 +907,7 @@ class TestDurations(Case):
     def test_a_raw_micro_sign_is_understood(self):
         sidecar = self.sidecar()
         sidecar.post("/start-request")
-        request = "POST /end-request?duration=150µs HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        request = "POST /end-request?duration=150µs HTTP/1.0\r\n\r\n"
         self.assertEqual(sidecar.answers(request.encode())[0][0], 200)
         self.assertAlmostEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 150e-6)
 
@@ -1283,7 +1283,8 @@ class TestEndpoints(Case):
         sidecar = self.sidecar()
         for path in [path for path, (methods, star) in ENDPOINTS.items() if not star]:
             with_body, without = sidecar.answers(
-                ("GET %s HTTP/1.1\r\nHost: a\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n" % (path, path)).encode())[:2]
+                ("GET %s HTTP/1.1\r\nHost: a\r\n\r\nHEAD %s HTTP/1.0\r\n\r\n"
+                 % (path, path)).encode())[:2]
             self.assertEqual((with_body[0], without[0]), (200, 200), path)
             self.assertTrue(with_body[2])
             self.assertEqual(without[2], "")
@@ -1360,18 +1361,20 @@ class TestHostileClients(Case):
         for head in (b"GET", b"GET /health", b"GET /health HTTP/2.0", b"GET /health HTTP/1.1 x",
                      b"GET  /health HTTP/1.1", b"GET health HTTP/1.1", b"G@T /health HTTP/1.1",
                      b"\x16\x03\x01\x02\x00\x01\x00", b"GET /\x00 HTTP/1.1",
-                     b"GET /health HTTP/1.1\r\nHost: a\r\nno colon", b"GET /health HTTP/1.1\r\nHost: a\r\n: empty",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nno colon",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\n: empty",
                      b"GET /health HTTP/1.1\r\nHost: a\r\nspace : x",
-                     b"GET /health HTTP/1.1\r\nHost: a\r\nA: x\r\n folded", b"GET /health HTTP/1.1\r\nHost: a\r\nA: \x00",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nA: x\r\n folded",
+                     b"GET /health HTTP/1.1\r\nHost: a\r\nA: \x00",
                      b"GET /health HTTP/1.1\r\nHost: a\r\nA: a\rb"):
             self.assertEqual(self.statuses(head + b"\r\n\r\n"), [400], head)
 
     def test_over_long_heads_are_414_and_431(self):
-        self.assertEqual(self.statuses(b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n"), [414])
+        self.assertEqual(self.statuses(b"GET /" + b"x" * 9000 + b" HTTP/1.0\r\n\r\n"), [414])
         self.assertEqual(self.statuses(b"GET /" + b"x" * 100000), [414])
-        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"x" * 20000 + b"\r\n\r\n"),
+        self.assertEqual(self.statuses(b"GET / HTTP/1.0\r\nA: " + b"x" * 20000 + b"\r\n\r\n"),
                          [431])
-        self.assertEqual(self.statuses(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: x\r\n" * 20000 + b"\r\n"),
+        self.assertEqual(self.statuses(b"GET / HTTP/1.0\r\n" + b"A: x\r\n" * 20000 + b"\r\n"),
                          [431])
         self.assertEqual(self.statuses(b"GET /health HTTP/1.0\r\nA: " + b"x" * 8000 + b"\r\n\r\n"),
                          [200])
@@ -1385,7 +1388,8 @@ class TestHostileClients(Case):
                      b"00A;x=y\r\n0123456789\r\n1\r\nx\r\n0\r\nTrailer: x\r\n\r\n"):
             for method, path in ((b"POST", b"/start-request"), (b"GET", b"/health"),
                                  (b"GET", b"/nowhere")):
-                statuses = self.statuses(method + b" " + path + b" HTTP/1.1\r\nHost: a\r\n" + body + last)
+                statuses = self.statuses(method + b" " + path + b" HTTP/1.1\r\nHost: a\r\n" + body
+                                         + last)
                 self.assertEqual(statuses, [404 if path == b"/nowhere" else 200, 200], body[:60])
 
     def test_a_body_that_is_too_long_or_malformed_closes_the_connection(self):
@@ -1407,14 +1411,16 @@ class TestHostileClients(Case):
                                  (b"Transfer-Encoding: chunked\r\n\r\n10001\r\n" + b"x" * 65537,
                                   413), (b"Transfer-Encoding: chunked\r\n\r\n"
                                          + (b"8000\r\n" + b"x" * 32768 + b"\r\n") * 3, 413)):
-            self.assertEqual(self.statuses(b"POST /start-request HTTP/1.1\r\nHost: a\r\n" + fields + after),
+            start = b"POST /start-request HTTP/1.1\r\nHost: a\r\n"
+            self.assertEqual(self.statuses(start + fields + after),
                              [expected], fields[:60])
         self.assertEqual(self.target.active(), 0)
         # Sent whole, then read.
         self.assertEqual(self.target.call("POST", "/start-request", b"x" * (8 << 20))[0], 413)
 
     def test_expect_100_continue(self):
-        head = b"POST /start-request HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        head = (b"POST /start-request HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n"
+                b"Content-Length: %d\r\n\r\n")
         with self.target.raw(head % 5) as connection:
             self.assertEqual(connection.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
             connection.sendall(b"hello")
@@ -1464,11 +1470,11 @@ class TestHostileClients(Case):
 
     def test_a_client_that_stops_in_the_middle_is_let_go(self):
         self.target = self.sidecar(constants={"REQUEST_SECONDS": 0.2})
-        for data in (b"GET /hea", b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhe",
-                     b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n"):
+        start = b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n"
+        for data in b"GET /hea", start + b"he", start:
             self.assertEqual(self.statuses(data), [408])
         self.assertEqual(self.target.active(), 0)
-        with self.target.raw(b"POST /start-request HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhe"):
+        with self.target.raw(start + b"he"):
             pass                                                    # one that is gone in the middle
         self.assertEqual(self.target.active(), 0)
 
@@ -1476,7 +1482,8 @@ class TestHostileClients(Case):
         self.target = self.sidecar(constants={"IDLE_SECONDS": 0.2})
         self.assertEqual(self.statuses(b""), [])
         self.assertEqual(self.statuses(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"), [200])
-        two = b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nxGET /ready HTTP/1.1\r\nHost: a\r\n\r\n"
+        two = (b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx"
+               b"GET /ready HTTP/1.1\r\nHost: a\r\n\r\n")
         self.assertEqual(self.statuses(two), [200] * 2)
 
     def test_a_client_that_does_not_read_its_answer(self):
@@ -1566,11 +1573,12 @@ class TestNeverFooled(Case):
 
     def test_a_name_that_dns_could_point_here_changes_nothing(self):
         sidecar = self.sidecar()
-        for host in ("rebound.example", "rebound.example:8081", "REBOUND.example.", "127.0.0.1.nip.io"):
+        for host in ("rebound.example", "rebound.example:8081", "REBOUND.example.",
+                     "127.0.0.1.nip.io"):
             for method, path in self.CHANGING:
                 status, answer = sidecar.call(method, path, headers={"Host": host})
                 self.assertEqual(status, 403, (host, path))
-                self.assertIn("Host", answer["error"])
+                self.assertIn("expected a Host that is an address", answer["error"])
             self.assertEqual(sidecar.call("GET", "/health", headers={"Host": host})[0], 200)
         for host in ("sidecar", "sidecar:8081", "localhost", "LOCALHOST:1", "127.0.0.1", "10.1.2.3",
                      "[::1]:8081", "[2001:db8::1]", ""):
@@ -1581,7 +1589,7 @@ class TestNeverFooled(Case):
         self.assertEqual(sidecar.sample("sidecar_calls_refused_total"), 4 * len(self.CHANGING))
         # Once each: the second host has the name of the first one.
         self.assertEqual(sidecar.log.count("WARNING call refused client=127.0.0.1"), 2)
-        sidecar.wait_for('call refused client=127.0.0.1 path=/start-request reason="Host rebound')
+        sidecar.wait_for("call refused client=127.0.0.1 path=/start-request reason=.* rebound")
 
     def test_the_name_that_it_listens_on_is_no_others(self):
         parse = sidecar_module.parse_request
@@ -1602,7 +1610,8 @@ class TestNeverFooled(Case):
                 head = b"POST " + path + name + b" HTTP/1.0"
                 self.assertEqual(self.status(sidecar, head), 400, head)
         self.assertEqual(sidecar.get("/metrics")[1]["total_requests"], 0)
-        self.assertEqual(self.status(sidecar, "POST /start-request?id=%C3%B6ö HTTP/1.0".encode()), 200)
+        start = "POST /start-request?id=%C3%B6ö HTTP/1.0".encode()
+        self.assertEqual(self.status(sidecar, start), 200)
         self.assertEqual(sidecar.get("/requests")[1][0]["request_id"], "öö")
         # A duration that is no UTF-8 is a bad one: told, and the request has ended all the same.
         self.assertEqual(
@@ -1624,15 +1633,18 @@ class TestNeverFooled(Case):
         for accept, expected in (
                 (openmetrics, True), ("Application/OpenMetrics-Text; Version=1.0.0", True),
                 (openmetrics + ";q=0", False), (openmetrics + "; q=0.000, text/plain", False),
-                (openmetrics + ";q=0.4,text/plain;q=0.5", False), ("*/*," + openmetrics + ";q=0.1", False),
-                (openmetrics + ";Q=0.5,text/plain;q=0.4", True), ("text/*;q=0.3," + openmetrics, True),
+                (openmetrics + ";q=0.4,text/plain;q=0.5", False),
+                ("*/*," + openmetrics + ";q=0.1", False),
+                (openmetrics + ";Q=0.5,text/plain;q=0.4", True),
+                ("text/*;q=0.3," + openmetrics, True),
                 (openmetrics + ";q=high", False), (openmetrics + ";q=2", False), ("*/*", False),
                 ("application/*", False), ("", False), (",;,", False),
                 (openmetrics + ";version=1.0.0;q=0.5," + openmetrics + ";version=0.0.1;q=0.4,"
                  "text/plain;version=0.0.4;q=0.3,*/*;q=0.2", True)):
             self.assertEqual(sidecar.prometheus(accept).endswith("# EOF\n"), expected, accept)
         for accept, expected in (
-                ("text/html,application/xhtml+xml,*/*;q=0.8", True), ("TEXT/HTML", True), ("*/*", False),
+                ("text/html,application/xhtml+xml,*/*;q=0.8", True), ("TEXT/HTML", True),
+                ("*/*", False),
                 ("text/html;q=0", False), ("text/html;q=0.1,text/plain", False)):
             page = sidecar.call("GET", "/", headers={"Accept": accept})[1].startswith("<!doctype")
             self.assertEqual(page, expected, accept)
@@ -1654,7 +1666,12 @@ class TestNeverFooled(Case):
         first = b"POST /start-request?id=a HTTP/1.1\r\nHost: x\r\n\r\n"
         second = first.replace(b"id=a", b"id=b")
         last = b"GET /requests HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        for data in (first, first * 2 + second, b"\r\n" + second, first + b"\r\n" + second + last[:9]):
+        with sidecar.raw(b"") as connection:
+            for head, name in ((first, b"a"), (first, b"a"), (second, b"b"), (first, b"a")):
+                connection.sendall(head)
+                self.assertIn(b'"request_id": "%s"' % name, connection.recv(65536))
+        for data in (first, first * 2 + second, b"\r\n" + second,
+                     first + b"\r\n" + second + last[:9]):
             with sidecar.raw(b"") as connection:
                 connection.sendall(data)
                 rest = last[9:] if data.endswith(last[:9]) else last
@@ -1686,7 +1703,8 @@ class TestNeverFooled(Case):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.settimeout(PATIENCE)
             connection.connect((sidecar.host, sidecar.port))
-            for piece, seconds in ((b"GET /requests", 1.4), (b" HTTP/1.0\r\n", 0.1), (b"\r\n", 1.5)):
+            pieces = (b"GET /requests", 1.4), (b" HTTP/1.0\r\n", 0.1), (b"\r\n", 1.5)
+            for piece, seconds in pieces:
                 connection.sendall(piece)
                 time.sleep(seconds)         # it is the time that passes that is tested
             answer = b"".join(iter(lambda: connection.recv(1 << 20), b""))
@@ -1700,27 +1718,31 @@ class TestVariables(Case):
         """Return (status, output, errors) of a command; the variables are the ones given alone."""
         clean = {name: value for name, value in os.environ.items()
                  if not name.startswith(("SIDECAR_", "METRICS_"))}
-        done = subprocess.run([sys.executable, os.path.join(HERE, "sidecar.py")] + list(argv),
-                              env=dict(clean, **{name: str(value) for name, value in env.items()}),
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=PATIENCE)
-        return done.returncode, done.stdout.decode(), done.stderr.decode()
+        done = subprocess.Popen([sys.executable, os.path.join(HERE, "sidecar.py"), *argv],
+                                env=dict(clean, **{name: str(env[name]) for name in env}),
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+        output, errors = done.communicate(timeout=PATIENCE)
+        return done.returncode, output.decode(), errors.decode()
 
     def test_a_port_is_ascii_digits(self):
-        for text in ("8_081", "+80", "-1", "٨٠٨١", "80 81", "8081.0", "0x50", "65536", "１", "8081x"):
-            for argv in ((), ("health",)):
-                status, _, errors = self.command(*argv, SIDECAR_PORT=text)
-                self.assertEqual((status, errors.count("\n")), (2, 1), (text, argv))
-                self.assertIn("SIDECAR_PORT=%r" % text, errors)
-            status, _, errors = self.command(SIDECAR_PORT=0, METRICS_PORT=text)
-            self.assertEqual(status, 2, text)
-            self.assertIn("METRICS_PORT=%r" % text, errors)
+        for number, text in enumerate(("8_081", "+80", "-1", "٨٠٨١", "80 81", "8081.0", "0x50",
+                                       "65536", "１", "8081x")):
+            name = ("SIDECAR_PORT", "METRICS_PORT")[number % 2]
+            status, _, errors = self.command(**{name: text})
+            self.assertEqual((status, errors.count("\n")), (2, 1), text)
+            self.assertIn("%s=%r: expected a port from 0 to 65535" % (name, text), errors)
+            with self.assertRaises(ValueError):
+                sidecar_module.parse_port(text)
+        status, _, errors = self.command("health", SIDECAR_PORT="8_081")
+        self.assertEqual((status, errors.count("\n")), (2, 1))
+        self.assertIn("SIDECAR_PORT='8_081'", errors)
 
     def test_white_space_around_a_value_does_not_count(self):
         sidecar = self.sidecar(SIDECAR_HOST=" 127.0.0.1\n", SIDECAR_PORT=" 0 ", METRICS_PORT="\t0",
-                               GRACE_PERIOD_SECONDS=" 7s ", LOG_LEVEL=" debug\n", LOG_FORMAT=" Text ",
-                               TRUSTED_CLIENTS=" 10.0.0.0/8 ,\n192.0.2.1 ", QUIET_PERIOD_SECONDS=" ",
-                               HOLD_STARTS=" Never ")
+                               GRACE_PERIOD_SECONDS=" 7s ", QUIET_PERIOD_SECONDS=" ",
+                               TRUSTED_CLIENTS=" 10.0.0.0/8 ,\n192.0.2.1 ",
+                               LOG_LEVEL=" debug\n", LOG_FORMAT=" Text ", HOLD_STARTS=" Never ")
         self.assertEqual(sidecar.get("/metrics")[1]["grace_period_seconds"], 7)
         self.assertEqual(self.command("health", SIDECAR_HOST=" 127.0.0.1 ",
                                       SIDECAR_PORT=" %d\n" % sidecar.port)[0], 0)
@@ -1735,8 +1757,7 @@ class TestVariables(Case):
         for host in hosts:
             sidecar = self.sidecar(SIDECAR_HOST=host)
             found = {"SIDECAR_HOST": host, "SIDECAR_PORT": sidecar.port}
-            for command in ("health", "ready", "metrics", "requests"):
-                self.assertEqual(self.command(command, **found)[0], 0, (host, command))
+            self.assertEqual(self.command("health", **found)[0], 0, host)
             status, output, errors = self.command("drain", **found)
             self.assertEqual((status, errors), (0, ""), host)
             self.assertEqual(json.loads(output), {"status": "drained", "active_requests": 0})
@@ -1745,29 +1766,28 @@ class TestVariables(Case):
         status, _, errors = self.command("health", SIDECAR_PORT=0)
         self.assertEqual((status, errors.count("\n")), (2, 1))
         self.assertIn("SIDECAR_PORT='0': expected the port of a sidecar", errors)
-        for url in ("http://127.0.0.1:0", "http://127.0.0.1:8_081", "http://127.0.0.1:+80", "http://:80",
-                    "http://[::1", "http://a b:80", "https://127.0.0.1:80", "127.0.0.1:80", "http://x?y"):
+        for url in ("http://127.0.0.1:0", "http://127.0.0.1:8_081", "http://127.0.0.1:+80",
+                    "http://:80", "http://[::1", "http://a b:80", "https://127.0.0.1:80",
+                    "127.0.0.1:80", "http://x?y"):
             status, _, errors = self.command("health", SIDECAR_URL=url)
             self.assertEqual((status, errors), (
                 2, "sidecar: SIDECAR_URL=%r: expected http://HOST:PORT\n" % url))
 
     def test_drain_ends_by_itself_when_the_sidecar_hangs(self):
+        """One hangs at once, one when it has told its grace period: 5 s later it is over."""
         hanging = HangingServer()
         self.addCleanup(hanging.close)
-        status, output, errors = self.command("drain", SIDECAR_URL=hanging.url)
-        self.assertEqual((status, output, errors.count("\n")), (1, "", 1))
-        self.assertIn("no answer from " + hanging.url, errors)
-
-    def test_drain_ends_by_itself_when_the_sidecar_hangs_in_the_drain(self):
-        """It hangs once it has told its grace period, 1 s: that is over, and 5 s more."""
+        at_once = self.program(sys.executable, os.path.join(HERE, "sidecar.py"), "drain",
+                               env={"SIDECAR_URL": hanging.url})
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS=1)
         sidecar.post("/start-request")
         drain = self.program(sys.executable, os.path.join(HERE, "sidecar.py"), "drain",
                              env={"SIDECAR_URL": sidecar.url})
         sidecar.wait_for("drain started")
         sidecar.signal(signal.SIGSTOP)
-        self.assertEqual(drain.wait(), 1)
-        self.assertIn("no answer from " + sidecar.url, drain.log)
+        for command, url in ((at_once, hanging.url), (drain, sidecar.url)):
+            self.assertEqual(command.wait(), 1)
+            self.assertRegex(command.log, "^sidecar: no answer from %s: [^\n]+$" % url)
 
     def test_an_answer_that_cannot_be_printed_is_no_traceback(self):
         if not os.path.exists("/dev/full"):
@@ -2187,7 +2207,7 @@ class TestGivenUp(Case):
     """Requests whose worker died: REQUEST_TIMEOUT_SECONDS and POST /reset."""
 
     def test_a_request_that_takes_too_long_is_given_up(self):
-        sidecar = self.sidecar(REQUEST_TIMEOUT_SECONDS=0.3)
+        sidecar = self.sidecar(REQUEST_CALL_SECONDS=0.3)
         sidecar.post("/start-request?id=hung")
         sidecar.post("/start-request")
         until(lambda: sidecar.active() == 0)
@@ -2201,7 +2221,7 @@ class TestGivenUp(Case):
         self.assertEqual(sidecar.post("/end-request")[0], 409)
 
     def test_a_drain_does_not_wait_for_it_any_longer(self):
-        sidecar = self.sidecar(REQUEST_TIMEOUT_SECONDS=0.3, GRACE_PERIOD_SECONDS="1h")
+        sidecar = self.sidecar(REQUEST_CALL_SECONDS=0.3, GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request?id=hung")
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 0)
@@ -2266,14 +2286,12 @@ class HangingServer:
 
 
 class TestSidecarClient(Case):
-    """The class Sidecar of echo_bot.py, in this process."""
+    """The class Sidecar, in this process. More of it is in .ci/tests/test_client.py."""
 
     def client(self, url, **constants):
-        import echo_bot
-        client = echo_bot.Sidecar(url)
-        vars(client).update(dict({"TIMEOUT_SECONDS": PATIENCE}, **constants))
-        self.addCleanup(lambda: client._threads_own.connection
-                        and client._threads_own.connection.close())
+        client = sidecar_module.Sidecar(url)
+        vars(client).update(dict({"CALL_SECONDS": PATIENCE}, **constants))
+        self.addCleanup(client.close)
         return client
 
     def test_it_reports_the_start_and_the_end_with_the_duration(self):
@@ -2325,7 +2343,7 @@ class TestSidecarClient(Case):
         for _ in range(3):
             with client.track():
                 self.assertEqual(sidecar.active(), 1)
-                kept = client._threads_own.connection.sock
+                kept, = client._memory.kept
                 # Readable: its end has come.
                 self.assertTrue(select.select([kept], [], [], PATIENCE)[0])
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
@@ -2335,18 +2353,18 @@ class TestSidecarClient(Case):
             taken.bind(("127.0.0.1", 0))
             client, done = self.client("http://127.0.0.1:%d" % taken.getsockname()[1],
                                        REST_SECONDS=3600), []
-            with self.assertLogs("echo_bot") as logs:
+            with self.assertLogs("sidecar") as logs:
                 for turn in range(100):
                     with client.track():
                         done.append(turn)
         self.assertEqual(len(done), 100)
         self.assertEqual(len(logs.output), 1)
-        self.assertIn("working without a sidecar", logs.output[0])
+        self.assertIn("working without the sidecar", logs.output[0])
 
     def test_one_that_hangs_costs_its_time_out_once(self):
         hanging = HangingServer()
         self.addCleanup(hanging.close)
-        client, done = self.client(hanging.url, TIMEOUT_SECONDS=0.1, REST_SECONDS=3600), []
+        client, done = self.client(hanging.url, CALL_SECONDS=0.1, REST_SECONDS=3600), []
         for turn in range(100):
             with client.track():
                 done.append(turn)
@@ -2355,7 +2373,7 @@ class TestSidecarClient(Case):
 
     def test_an_end_that_could_not_be_delivered_is_delivered_later(self):
         sidecar = self.sidecar()
-        client = self.client(sidecar.url, TIMEOUT_SECONDS=0.2, REST_SECONDS=0.1)
+        client = self.client(sidecar.url, CALL_SECONDS=0.2, REST_SECONDS=0.1)
         with client.track():
             self.assertEqual(sidecar.active(), 1)
             sidecar.signal(signal.SIGSTOP)
@@ -2399,7 +2417,7 @@ class TestConsole(Case):
         self.assertEqual(echoed[4], "Echo: [1]")
         self.assertEqual(len(echoed), 6)
         self.assertEqual(bot.log.count("broken update"), 1)
-        self.assertEqual(bot.log.count("working without a sidecar"), 1)
+        self.assertEqual(bot.log.count("working without the sidecar"), 1)
         self.assertNotIn("Traceback", bot.log)
 
     def test_each_line_is_tracked(self):
@@ -2452,7 +2470,7 @@ class TestConsole(Case):
         sidecar.kill()
         self.say(bot, "two")
         bot.wait_for("Echo: two")
-        bot.wait_for("working without a sidecar")
+        bot.wait_for("working without the sidecar")
         again, before = self.sidecar(SIDECAR_PORT=sidecar.port), len(bot.lines)
 
         def tracked():
@@ -2461,7 +2479,7 @@ class TestConsole(Case):
         until(tracked)
         bot.wait_for("reporting to the sidecar", before)
         self.assertEqual([bot.log.count("reporting to the sidecar"),
-                          bot.log.count("working without a sidecar")], [2, 1])
+                          bot.log.count("working without the sidecar")], [2, 1])
 
     def test_a_crashed_workers_requests_are_given_up_when_it_starts_again(self):
         sidecar = self.sidecar()
@@ -2860,7 +2878,8 @@ class TestScrapes(Case):
         """
         paths = ("/start-request", "/start-request?id=%d" % number,
                  "/end-request?duration=250ms", "/end-request?duration=250ms&id=%d" % number)
-        batch = "".join("POST %s HTTP/1.1\r\nHost: a\r\n\r\n" % path for path in paths).encode() * 25
+        batch = "".join("POST %s HTTP/1.1\r\nHost: a\r\n\r\n" % path
+                        for path in paths).encode() * 25
         with sidecar.raw(b"") as connection, connection.makefile("rb") as answers:
             while not over.is_set():
                 connection.sendall(batch)

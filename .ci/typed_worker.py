@@ -5,8 +5,9 @@ missing type is an error.
 """
 import sidecar
 
+seconds: float = sidecar.parse_duration("1.2s")
 version: str = sidecar.__version__
-tracker: sidecar.RequestTracker = sidecar.RequestTracker(grace_period_seconds=40.0)
+tracker: sidecar.RequestTracker = sidecar.RequestTracker(grace_period_seconds=seconds)
 given_up: int = tracker.reset()
 figures: dict = tracker.snapshot()
 page: str = sidecar.render_prometheus(figures, openmetrics=True)

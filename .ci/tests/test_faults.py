@@ -116,7 +116,8 @@ for child in children:
             self.assertTrue(worker.recv(65536).startswith(b"HTTP/1.1 200 "))
             held = [sidecar.raw(b"") for _ in range(100)]
             sidecar.wait_for("ERROR no connection accepted")
-            worker.sendall(b"POST /end-request?id=a HTTP/1.1\r\nHost: a\r\n\r\n")  # who is connected is served
+            # Who is connected is served.
+            worker.sendall(b"POST /end-request?id=a HTTP/1.1\r\nHost: a\r\n\r\n")
             self.assertTrue(worker.recv(65536).startswith(b"HTTP/1.1 200 "))
             for connection in held:
                 connection.close()
@@ -201,17 +202,13 @@ for child in children:
 
     def test_a_wait_whose_time_out_never_comes(self):
         """So it is where Condition.wait follows the wall clock, and that is set back by a day."""
-        deaf = ("import sys, threading; real = threading.Condition.wait; "
-                "threading.Condition.wait = lambda self, timeout=None: real(self); "
-                "sys.path.insert(0, %r); import sidecar; sys.exit(sidecar.main([]))" % HERE)
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        with open(os.path.join(folder, "sitecustomize.py"), "w") as file:
+            file.write("import threading; real = threading.Condition.wait; "
+                       "threading.Condition.wait = lambda self, timeout=None: real(self)")
         for caller in ("SIGTERM", "GET /drain"):
-            sidecar = SidecarProcess.__new__(SidecarProcess)
-            Program.__init__(sidecar, sys.executable, "-c", deaf, env={
-                "SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0,
-                "GRACE_PERIOD_SECONDS": 0.5})
-            self._ends_with_test(sidecar)
-            match = sidecar.wait_for(r"listening api=http://(\S+):(\d+)")
-            sidecar.host, sidecar.port = match.group(1), int(match.group(2))
+            sidecar = self.sidecar(PYTHONPATH=folder, GRACE_PERIOD_SECONDS=0.5)
             sidecar.post("/start-request?id=a")
             if caller == "SIGTERM":
                 sidecar.signal(signal.SIGTERM)

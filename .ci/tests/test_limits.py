@@ -1,8 +1,8 @@
-"""More connections than there are places, from clients as they are: nothing is lost, and who matters
-finds a place. Real Go and Node.js where they are installed.
+"""More connections than there are places, from clients as they are: nothing is lost, and who
+matters finds a place. Real Go and Node.js where they are installed.
 """
 import os
-import re
+import select
 import shutil
 import socket
 import sys
@@ -10,10 +10,10 @@ import tempfile
 import time
 import unittest
 
-from support import (HERE, NAMESPACES, PATIENCE, SCALE, Case, SidecarProcess, figures, in_threads,
-                     needs, readme_blocks, run, until, version_of)
+from support import (NAMESPACES, PATIENCE, SCALE, Case, SidecarProcess, figures, needs,
+                     readme_blocks, run, until, version_of)
 
-PLACES = 512                        # of each of the two budgets of a port
+PLACES = 512                        # Of each of the two budgets of a port.
 START = b"POST /start-request?id=%d HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
@@ -56,7 +56,7 @@ class TestManyConnections(Limits):
         sidecar = self.sidecar()
         idle = self.connect(sidecar, 2 * PLACES, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
         self.serves(sidecar)
-        for connection in idle:                 # each has been answered, the last ones closed after
+        for connection in idle:                # Each has been answered, the last ones closed after.
             self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 "))
         self.assertEqual(self.refused(sidecar), 0)
         sidecar.wait_for("WARNING many connections: each is closed after its answer")
@@ -67,13 +67,15 @@ class TestManyConnections(Limits):
         silent = self.connect(sidecar, PLACES)
         until(lambda: figures(sidecar.process.pid)[1] > PLACES)
         sidecar.signal(19)                      # SIGSTOP: what follows is there when it looks again
-        silent[0].sendall(START % 1)
-        late = self.connect(sidecar, 8, b"GET /health HTTP/1.0\r\n\r\n")
+        for number in range(100):
+            silent[number].sendall(START % number)
+        late = self.connect(sidecar, 100, b"GET /health HTTP/1.0\r\n\r\n")
         sidecar.signal(18)
         for connection in late:
             self.assertTrue(read_to_end(connection).startswith(b"HTTP/1.1 200 "))
-        self.assertIn(b'"request_id": "1"', silent[0].recv(65536))
-        self.assertEqual(sidecar.active(), 1)
+        for number in range(100):
+            self.assertIn(b'"request_id": "%d"' % number, silent[number].recv(65536))
+        self.assertEqual(sidecar.active(), 100)
 
     def test_slow_clients_make_room(self):
         """Half a request each, and never the rest."""
@@ -88,11 +90,11 @@ class TestManyConnections(Limits):
         sidecar.post("/start-request?id=a")
         first, = self.connect(sidecar, 1, b"GET /drain HTTP/1.0\r\n\r\n")
         sidecar.wait_for("drain started")
-        for connection in self.connect(sidecar, PLACES + 8, b"GET /drain HTTP/1.1\r\nHost: a\r\n\r\n"):
+        for connection in self.connect(sidecar, PLACES + 8, b"GET /drain HTTP/1.0\r\n\r\n"):
             connection.close()
         self.serves(sidecar)
         self.assertGreaterEqual(sidecar.get("/metrics")[1]["evicted_connections"], 8)
-        until(lambda: figures(sidecar.process.pid)[1] < PLACES + 64)    # their threads have ended
+        until(lambda: figures(sidecar.process.pid)[1] < PLACES + 64)    # Their threads have ended.
         sidecar.post("/end-request?id=a")
         self.assertTrue(read_to_end(first).startswith(b"HTTP/1.1 200 "))
         self.assertEqual(self.refused(sidecar), 0)
@@ -102,8 +104,14 @@ class TestManyConnections(Limits):
         sidecar.post("/start-request?id=a")
         waiting = self.connect(sidecar, PLACES, b"GET /drain HTTP/1.0\r\n\r\n")
         sidecar.wait_for("drain started")
-        self.assertEqual(sidecar.post("/end-request?id=a")[0], 200)     # it took the first one's place
-        answered = sum(read_to_end(connection).startswith(b"HTTP/1.1 200 ") for connection in waiting)
+        self.assertEqual(sidecar.get("/health")[0], 200)                # in the place of one
+        evicted = select.select(waiting, [], [], PATIENCE)[0][0]        # the oldest, or nearly so
+        waiting.remove(evicted)
+        self.assertIn(b'{"error": "too many connections", "active_requests": 1}',
+                      read_to_end(evicted))
+        self.assertEqual(sidecar.post("/end-request?id=a")[0], 200)     # which is free now
+        answered = sum(read_to_end(connection).startswith(b"HTTP/1.1 200 ")
+                       for connection in waiting)
         self.assertGreaterEqual(answered, PLACES - 1)
         self.assertEqual(sidecar.get("/metrics")[1]["evicted_connections"], 1)
 
@@ -119,13 +127,13 @@ class TestManyConnections(Limits):
         held = self.connect(sidecar, count, START)
         for number in range(3):
             self.assertEqual(sidecar.post("/end-request?id=before-%d" % number)[0], 200)
-        for number in range(88):                # the oldest ones gave way, and are counted
+        for number in range(88):                # The oldest ones gave way, and are counted.
             while b"request_id" not in held[number].recv(65536):
                 pass
             self.assertEqual(sidecar.post("/end-request?id=%d" % number)[0], 200)
-        figures_now = sidecar.get("/metrics")[1]
-        self.assertEqual((figures_now["unmatched_ends"], figures_now["refused_connections"]), (0, 0))
-        self.assertGreaterEqual(figures_now["held_starts"], count - 88 - 16)
+        metrics = sidecar.get("/metrics")[1]
+        self.assertEqual((metrics["unmatched_ends"], metrics["refused_connections"]), (0, 0))
+        self.assertGreaterEqual(metrics["held_starts"], count - 88 - 16)
 
 
 class TestLookers(Case):
@@ -153,9 +161,9 @@ def look():
         until(lambda: figures(sidecar.process.pid)[1] > PLACES)
         sidecar.host = "127.0.0.1"
         assert sidecar.post("/start-request?id=a")[0] == 200
-        assert sidecar.get("/metrics")[1]["evicted_connections"] == 0      # another budget
+        assert sidecar.get("/metrics")[1]["evicted_connections"] == 0      # Another budget.
         sidecar.host, sidecar.source = "192.0.2.10", ("192.0.2.11", 0)
-        until(lambda: sidecar.get("/health")[0] == 200)         # a second later the first one may go
+        until(lambda: sidecar.get("/health")[0] == 200)     # a second later the first one may go
         assert sidecar.get("/metrics")[1]["evicted_connections"] >= 1
         assert sidecar.post("/reset")[0] == 403
         sidecar.host, sidecar.source = "127.0.0.1", None
@@ -174,7 +182,7 @@ class TestNode(Limits):
         folder = self.folder()
         client = readme_blocks("js")[0]
         with open(os.path.join(folder, "sidecar.mjs"), "w") as file:
-            file.write(client.replace("500", "60000"))          # a busy machine is not what is tested
+            file.write(client.replace("500", "60000"))      # a busy machine is not what is tested
         with open(os.path.join(folder, "worker.mjs"), "w") as file:
             file.write("""
 import { track } from "./sidecar.mjs";
@@ -182,7 +190,8 @@ const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 await Promise.all(Array.from({ length: 1000 }, () => track(() => sleep(2000))));
 """)
         sidecar = self.sidecar()
-        run("node", os.path.join(folder, "worker.mjs"), env=dict(os.environ, SIDECAR_URL=sidecar.url))
+        run("node", os.path.join(folder, "worker.mjs"),
+            env=dict(os.environ, SIDECAR_URL=sidecar.url))
         metrics = sidecar.get("/metrics")[1]
         self.assertEqual([metrics[name] for name in (
             "total_requests", "active_requests", "unmatched_ends", "refused_connections")],
@@ -267,7 +276,7 @@ class TestCost(Limits):
         def cpu_seconds():
             return sidecar.sample("process_cpu_seconds_total")
         before, began = cpu_seconds(), time.monotonic()
-        time.sleep(10)                          # it is the time that passes that is measured
+        time.sleep(10)                          # It is the time that passes that is measured.
         share = (cpu_seconds() - before) / (time.monotonic() - began)
         print("1,000 held starts: %.1f %% of a CPU" % (100 * share))
         self.assertLess(share, 0.5)

@@ -1,19 +1,24 @@
 """The bot on Telegram: a Bot API server on loopback that keeps Telegram's rules."""
+import base64
 import collections
 import http.client
 import http.server
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import sys
+import tempfile
 import threading
 import time
 import unittest
 import urllib.parse
 
-from support import HERE, PATIENCE, Case, ScriptedSidecar, until
+from support import HERE, PATIENCE, Case, ScriptedSidecar, needs, run, until
 
 
 def utf16_units(text):
@@ -56,6 +61,7 @@ class BotAPI(http.server.ThreadingHTTPServer):
         self.failures = {}          # method: how its next calls fail, see fail()
         # Of all calls, drop this one's connection, in turn before and after acting on it.
         self.drop_every = 0
+        self.logins = set()         # the values of Authorization headers
         self.calls = []             # (method, monotonic time)
         self.replies = []           # (method, params) of each that reached the user
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -95,7 +101,8 @@ class BotAPI(http.server.ThreadingHTTPServer):
 
     def fail(self, method, *how):
         """Let the next calls of a method fail, one each: a status, ("retry_after", seconds), "drop
-        before", "drop after"."""
+        before", "drop after", ("page", status): a proxy's, ("json", value), ("says", status,
+        description and perhaps parameters): Telegram's."""
         self.failures.setdefault(method.lower(), collections.deque()).extend(how)
 
     def hold(self, stage, condition=lambda what: True):
@@ -214,6 +221,8 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_POST(self):
+        if "Authorization" in self.headers:
+            self.server.logins.add(self.headers["Authorization"])
         url = urllib.parse.urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         params = dict(urllib.parse.parse_qsl(url.query))
@@ -249,6 +258,12 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
                 failure = "drop before" if number // api.drop_every % 2 else "drop after"
         if failure == "drop before":
             return self.drop()
+        if isinstance(failure, tuple) and failure[0] == "says":
+            raise Refused(*failure[1:])
+        if isinstance(failure, tuple) and failure[0] == "json":
+            return self.answer(200, json.dumps(failure[1]))
+        if isinstance(failure, tuple) and failure[0] == "page":
+            return self.answer(failure[1], "<html><h1>a proxy's page</h1></html>")
         if isinstance(failure, tuple):
             raise Refused(429, "Too Many Requests: retry after %d" % failure[1],
                           {"retry_after": failure[1]})
@@ -281,7 +296,7 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type",
                          "application/json" if isinstance(content, dict) else "text/html")
         self.send_header("Content-Length", str(len(text)))
-        if status == 429:
+        if "parameters" in content and "retry_after" in content["parameters"]:
             self.send_header("Retry-After", str(content["parameters"]["retry_after"]))
         self.end_headers()
         self.wfile.write(text.encode())
@@ -300,12 +315,23 @@ class TestTelegram(Case):
         self.addCleanup(api.close)
         return api
 
-    def bot(self, **env):
-        """Start the bot; without a sidecar, unless SIDECAR_URL says where one is."""
+    def bot(self, constants=None, code="", **env):
+        """Start the bot; without a sidecar, unless SIDECAR_URL says where one is.
+
+        `constants` of Telegram have other values, so that a test need not wait for as long as a
+        user would; `code` runs before.
+        """
         settings = dict(BOT_TOKEN=self.api.TOKEN, TELEGRAM_API_URL=self.api.url,
-                        SIDECAR_URL=self.nowhere, KAFKA_BROKERS=None)
+                        SIDECAR_URL=self.nowhere, KAFKA_BROKERS=None, CONCURRENCY=None,
+                        HTTPS_PROXY=None, https_proxy=None)
         settings.update(env)
-        return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=settings)
+        command = [os.path.join(HERE, "echo_bot.py")]
+        if constants or code:
+            code += ("import os, sys; sys.path.insert(0, %r); import echo_bot; [setattr("
+                     "echo_bot.Telegram, *item) for item in %r.items()]; "
+                     "os._exit(echo_bot.main(os.environ))" % (HERE, constants or {}))
+            command = ["-c", code]
+        return self.program(sys.executable, *command, env=settings)
 
     def end(self, bot):
         bot.signal(signal.SIGTERM)
@@ -323,7 +349,7 @@ class TestTelegram(Case):
         self.api.say("hello")
         self.api.push("callback_query", {"id": "q1", "data": "yes", "from": {"id": 7}})
         self.api.wait_until_confirmed()
-        (method, message), (other_method, press) = self.api.replies
+        (other_method, press), (method, message) = sorted(self.api.replies, key=lambda one: one[0])
         self.assertEqual((method, message["chat_id"], message["text"]),
                          ("sendmessage", "7", "Echo: hello"))
         self.assertEqual(json.loads(message["reply_parameters"])["message_id"], 1000)
@@ -336,7 +362,7 @@ class TestTelegram(Case):
             self.api.say(text)
         self.api.push("callback_query",
                       {"id": "q1", "data": "\N{GRINNING FACE}" * 200, "from": {"id": 7}})
-        bot = self.bot()
+        bot = self.bot(CONCURRENCY=1)
         self.api.wait_until_confirmed()
         self.assertEqual(len(self.api.replies), 4, bot.log)
         for (_, params), longest in zip(self.api.replies, (4096, 4096, 4096, 200)):
@@ -408,13 +434,14 @@ class TestTelegram(Case):
     def stop_at_every_stage(self, number, check):
         """Stop the bot with a signal at every stage and start it again; check({text: how often
         users got it})."""
-        for name, (stage, condition) in self.STAGES.items():
-            with self.subTest(name):
+        for (name, (stage, condition)), concurrency in itertools.product(self.STAGES.items(),
+                                                                         (1, 8)):
+            with self.subTest(name, concurrency=concurrency):
                 self.api = self.bot_api()
                 for text in "123":
                     self.api.say(text)
                 gate = self.api.hold(stage, condition)
-                bot = self.bot()
+                bot = self.bot(CONCURRENCY=concurrency)
                 self.api.wait_for(stage, condition)
                 bot.signal(number)
                 if number == signal.SIGKILL:
@@ -440,7 +467,7 @@ class TestTelegram(Case):
         self.api.say("1")
         self.api.say("2")
         gate = self.api.hold("replying")
-        bot = self.bot()
+        bot = self.bot(CONCURRENCY=1)
         self.api.wait_for("replying")
         bot.signal(signal.SIGTERM)
         gate.set()
@@ -534,17 +561,306 @@ class TestTelegram(Case):
             self.assertNotIn("SECRET", bot.log)
             self.check_log(bot)
 
+    def poll_as_another(self, count):
+        """Poll as another bot does, so many times, until somebody else's poll ends each."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.api.server_port,
+                                                timeout=PATIENCE)
+        try:
+            for _ in range(count):
+                connection.request("GET", "/bot%s/getUpdates?timeout=50" % self.api.TOKEN)
+                connection.getresponse().read()
+        except OSError:
+            pass
+        finally:
+            connection.close()
+
     def test_a_second_poller_ends_it(self):
-        bot = self.bot()
+        bot = self.bot(constants={"MAX_DELAY_SECONDS": 0.1})
         self.api.wait_for("waiting")
-        other = http.client.HTTPConnection("127.0.0.1", self.api.server_port, timeout=PATIENCE)
-        self.addCleanup(other.close)
-        other.request("GET", "/bot%s/getUpdates?timeout=50" % self.api.TOKEN)
+        other = threading.Thread(target=self.poll_as_another, args=(1000,), daemon=True)
+        other.start()
         self.check_it_gives_up(bot, "poll", "webhook")
+        self.api.say("for the other one")
+        self.api.webhook = True         # and this ends the other one's last poll
+
+    def test_a_poller_that_goes_away_does_not_end_it(self):
+        bot = self.bot(constants={"MAX_DELAY_SECONDS": 0.1})
+        self.api.wait_for("waiting")
+        self.poll_as_another(1)
+        bot.wait_for("getUpdates failed.*409")
+        self.api.say("hello")
+        self.api.wait_until_confirmed()
+        self.assertEqual(self.api.texts(), ["Echo: hello"])
+        self.end(bot)
 
     def test_a_webhook_ends_it(self):
         self.api.webhook = True
         self.check_it_gives_up(self.bot(), "webhook")
+
+    # Several at once.
+
+    def test_as_many_as_concurrency_says_are_in_hand_and_counted(self):
+        sidecar = self.sidecar()
+        gates = [self.api.hold("replying") for _ in range(4)]
+        for number in range(5):
+            self.api.say("%d" % number, chat=number + 1)
+        bot = self.bot(SIDECAR_URL=sidecar.url, CONCURRENCY=3)
+        until(lambda: sidecar.active() == 3)
+        until(lambda: len(self.api.texts()) == 3)
+        gates[1].set()
+        until(lambda: len(self.api.texts()) == 4)       # as soon as one is done, and not before
+        self.assertEqual(sidecar.active(), 3)
+        for gate in gates:
+            gate.set()
+        self.api.wait_until_confirmed()
+        self.assertEqual(sorted(self.api.texts()), ["Echo: %d" % number for number in range(5)])
+        self.end(bot)
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 5)
+
+    def test_one_chats_updates_stay_in_order(self):
+        gate = self.api.hold("replying")
+        for number in range(4):
+            self.api.say("a%d" % number, chat=1)
+        self.api.say("b0", chat=2)
+        bot = self.bot()
+        until(lambda: len(self.api.texts()) == 2)       # the one of the other chat, and no third
+        self.api.wait_for("replied", lambda text: text == "Echo: b0")
+        self.assertEqual(sorted(self.api.texts()), ["Echo: a0", "Echo: b0"])
+        gate.set()
+        self.api.wait_until_confirmed()
+        self.assertEqual([text for text in self.api.texts() if "a" in text],
+                         ["Echo: a%d" % number for number in range(4)])
+        self.end(bot)
+
+    def test_nothing_is_confirmed_before_everything_before_it_is_done(self):
+        gate = self.api.hold("replying", lambda text: text == "Echo: slow")
+        self.api.say("slow", chat=1)
+        for number in range(20):
+            self.api.say("%d" % number, chat=number + 2)
+        bot = self.bot(CONCURRENCY=2)
+        until(lambda: len(self.api.texts()) == 21)
+        polls = [at for called, at in self.api.calls if called == "getupdates"]
+        self.assertEqual(len(self.api.updates), 21)
+        until(lambda: len([at for called, at in self.api.calls if called == "getupdates"])
+              > len(polls) + 1)         # it goes on asking, and does nothing twice
+        bot.signal(signal.SIGTERM)
+        gate.set()
+        self.assertEqual(bot.wait(), 0, bot.log)
+        self.assertEqual(len(self.api.texts()), 21)
+        self.assertEqual(self.api.updates, [])
+
+    def test_while_one_is_in_hand_it_asks_about_once_a_second(self):
+        gate = self.api.hold("replying")
+        self.api.say("slow")
+        bot = self.bot()
+        self.api.wait_for("replying")
+        until(lambda: [called for called, _ in self.api.calls].count("getupdates") >= 4)
+        polls = [at for called, at in self.api.calls if called == "getupdates"][1:]
+        for before, after in zip(polls, polls[1:]):
+            self.assertGreater(after - before, 0.9)
+        gate.set()
+        self.api.wait_until_confirmed()
+        self.end(bot)
+
+    def test_a_chat_that_has_to_slow_down_does_not_stop_the_others(self):
+        self.api.fail("sendMessage", ("retry_after", 10 * PATIENCE))
+        self.api.say("too fast", chat=1)
+        bot = self.bot()
+        bot.wait_for("sendMessage failed")
+        for number in range(30):
+            self.api.say("%d" % number, chat=number + 2)
+        until(lambda: len(self.api.texts()) == 30)
+        self.api.fail("sendMessage", ("retry_after", 10 * PATIENCE))    # for the try on SIGTERM
+        self.end(bot)
+        self.assertEqual(len(set(self.api.texts())), 30)
+
+    def test_sigterm_finishes_all_that_is_in_hand(self):
+        gates = [self.api.hold("replying") for _ in range(8)]
+        for number in range(12):
+            self.api.say("%d" % number, chat=number + 1)
+        bot = self.bot()
+        until(lambda: len(self.api.texts()) == 8)
+        bot.signal(signal.SIGTERM)
+        for gate in gates:
+            gate.set()
+        self.assertEqual(bot.wait(), 0, bot.log)
+        self.assertEqual(len(self.api.texts()), 8)
+        self.assertEqual(len(self.api.updates), 4)
+
+    def test_sigkill_repeats_at_most_what_was_in_hand(self):
+        for number in range(40):
+            self.api.say("%d" % number, chat=number + 1)
+        gates = [self.api.hold("replying", lambda text: int(text[6:]) >= 20) for _ in range(8)]
+        bot = self.bot()
+        until(lambda: len(self.api.texts()) == 28)      # 20 are done, and 8 in hand
+        until(lambda: len(self.api.updates) == 20)
+        bot.kill()
+        for gate in gates:
+            gate.set()
+        again = self.bot()
+        self.api.wait_until_confirmed()
+        self.end(again)
+        answered = collections.Counter(self.api.texts())
+        self.assertEqual(len(answered), 40)
+        self.assertLessEqual(sum(answered.values()), 48)
+
+    # What is not Telegram's word.
+
+    def test_every_refusal_of_a_poll_backs_off(self):
+        for refusal in (400, "Logged out"), (403, "Forbidden"), (418, "I'm a teapot"):
+            with self.subTest(refusal):
+                self.api = self.bot_api()
+                self.api.fail("getUpdates", *[("says",) + refusal] * 3)
+                self.api.say("hello")
+                bot = self.bot()
+                self.api.wait_until_confirmed()
+                self.assertEqual(self.api.texts(), ["Echo: hello"])
+                times = [at for called, at in self.api.calls if called == "getupdates"]
+                self.assertGreater(times[3] - times[0], 0.5 + 1 + 2)
+                self.assertIn(refusal[1], bot.log)
+                self.end(bot)
+
+    def test_what_is_not_telegrams_is_an_outage(self):
+        for method in "getUpdates", "sendMessage":
+            with self.subTest(method):
+                self.api = self.bot_api()
+                pages = [("page", status) for status in (401, 403, 404, 408, 409, 413)]
+                pages += [("json", value) for value in ([], 5, {}, {"result": []}, [["ok", 0]])]
+                if method == "getUpdates":
+                    pages += [("json", {"ok": True}), ("json", {"ok": True, "result": {}})]
+                self.api.fail(method, *pages)
+                self.api.say("hello")
+                bot = self.bot(constants={"MAX_DELAY_SECONDS": 0.1})
+                self.api.wait_until_confirmed()
+                self.assertEqual(self.api.texts(), ["Echo: hello"])
+                self.assertEqual(bot.log.count("next try"), len(pages))
+                self.end(bot)
+
+    def test_a_lasting_error_for_one_message_blocks_nobody_for_ever(self):
+        gone = ("says", 500, "Internal Server Error: sent message was immediately deleted")
+        self.api.fail("sendMessage", *[gone] * 5)
+        self.api.say("deleted", chat=1)
+        self.api.say("another", chat=1)
+        self.api.say("hello", chat=2)
+        bot = self.bot(CONCURRENCY=1, constants={"MAX_DELAY_SECONDS": 0.1})
+        self.api.wait_until_confirmed()
+        self.assertEqual(self.api.texts(), ["Echo: another", "Echo: hello"])
+        bot.wait_for("sendMessage was refused: 500.*immediately deleted")
+        self.end(bot)
+
+    def test_a_group_that_became_a_supergroup_gets_its_reply_there(self):
+        self.api.fail("sendMessage", (
+            "says", 400, "Bad Request: group chat was upgraded to a supergroup chat",
+            {"migrate_to_chat_id": -1001234567890}))
+        self.api.say("hello", chat=-7)
+        bot = self.bot()
+        self.api.wait_until_confirmed()
+        (_, params), = self.api.replies
+        self.assertEqual((params["chat_id"], params["text"]), ("-1001234567890", "Echo: hello"))
+        self.end(bot)
+
+    def test_an_address_that_answers_nothing_costs_a_few_seconds(self):
+        with socket.socket(socket.AF_INET6) as hole:        # its queue is full: it drops every SYN
+            hole.bind(("::1", self.api.server_port))
+            hole.listen(0)
+            fill = [socket.socket(socket.AF_INET6) for _ in range(4)]
+            for one in fill:
+                self.addCleanup(one.close)
+                one.setblocking(False)
+                one.connect_ex(("::1", self.api.server_port))
+            self.api.say("hello")
+            code = ("import socket; both = [(family, socket.SOCK_STREAM, 6, '', (host, %d)) for "
+                    "family, host in ((socket.AF_INET6, '::1'), (socket.AF_INET, '127.0.0.1'))]; "
+                    "socket.getaddrinfo = lambda *args, **options: both; "
+                    % self.api.server_port)
+            started = time.monotonic()
+            bot = self.bot(code=code, TELEGRAM_API_URL="http://both.invalid",
+                           constants={"CONNECT_SECONDS": 2})
+            self.api.wait_until_confirmed()
+            # One time-out for the poll's connection and one for the reply's.
+            self.assertGreater(time.monotonic() - started, 2)
+            self.assertNotIn("failed", bot.log)
+            self.end(bot)
+
+    @needs("openssl", shutil.which("openssl"))
+    def test_by_way_of_a_proxy(self):
+        with tempfile.TemporaryDirectory() as folder:
+            certificate, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+            run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+                "/CN=bot.test", "-addext", "subjectAltName=DNS:bot.test", "-keyout", key, "-out",
+                certificate)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, key)
+            self.api.socket = context.wrap_socket(self.api.socket, server_side=True)
+            heads, proxy = [], socket.socket()
+            proxy.bind(("127.0.0.1", 0))
+            proxy.listen(5)
+            self.addCleanup(proxy.close)
+            threading.Thread(target=self.tunnel, args=(proxy, heads), daemon=True).start()
+            self.api.say("hello")
+            bot = self.bot(
+                TELEGRAM_API_URL="https://bot.test", SSL_CERT_FILE=certificate, NO_PROXY=None,
+                HTTPS_PROXY="http://user:pass%%20word@127.0.0.1:%d" % proxy.getsockname()[1])
+            self.api.wait_until_confirmed()
+            self.end(bot)
+        self.assertEqual(self.api.texts(), ["Echo: hello"])
+        self.assertRegex(heads[0], "^CONNECT bot.test:443 ")
+        self.assertIn("Basic " + base64.b64encode(b"user:pass word").decode(), heads[0])
+        self.assertNotIn("word@", bot.log)
+
+    def tunnel(self, proxy, heads):
+        """Serve CONNECT, whatever its target: to the Bot API."""
+        def pump(source, sink):
+            try:
+                for data in iter(lambda: source.recv(65536), b""):
+                    sink.sendall(data)
+                sink.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass
+
+        while True:
+            try:
+                client = proxy.accept()[0]
+            except OSError:
+                return
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += client.recv(65536)
+            heads.append(head.decode())
+            server = socket.create_connection(("127.0.0.1", self.api.server_port))
+            for one in client, server:
+                self.addCleanup(one.close)
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            for pair in (client, server), (server, client):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    def test_a_login_in_a_url_is_used_and_not_told(self):
+        self.api.say("hello")
+        bot = self.bot(TELEGRAM_API_URL=self.api.url.replace("//", "//me:SECRET@"))
+        self.api.wait_until_confirmed()
+        self.assertEqual(self.api.logins, {"Basic " + base64.b64encode(b"me:SECRET").decode()})
+        self.end(bot)
+        self.assertNotIn("SECRET", bot.log)
+
+    def test_a_malformed_variable_names_itself_in_one_line(self):
+        for name, value in (
+                ("TELEGRAM_API_URL", "ftp://me:SECRET@host"), ("TELEGRAM_API_URL", "http://"),
+                ("TELEGRAM_API_URL", "http://[::1"), ("TELEGRAM_API_URL", "https://host:port"),
+                ("TELEGRAM_API_URL", "https://me:SECRET@host:70000"),
+                ("TELEGRAM_API_URL", "http://a host"), ("TELEGRAM_API_URL", "http://host?a=b"),
+                ("SIDECAR_URL", "http://me:SECRET@[::1"), ("SIDECAR_URL", "http://host:port"),
+                ("SIDECAR_URL", "https://host"), ("CONCURRENCY", "0"), ("CONCURRENCY", "101"),
+                ("CONCURRENCY", "eight"), ("CONCURRENCY", "-1"), ("CONCURRENCY", "1e1"),
+                ("HTTPS_PROXY", "socks5://me:SECRET@host")):
+            with self.subTest(name, value=value):
+                bot = self.bot(**dict(dict(TELEGRAM_API_URL="https://bot.test", NO_PROXY=None),
+                                      **{name: value}))
+                self.assertEqual(bot.wait(), 2, bot.log)
+                self.assertEqual(len(bot.lines), 1)
+                self.assertIn(name + "=", bot.log)
+                self.assertIn("expected", bot.log)
+                self.assertNotIn("SECRET", bot.log)
+                self.check_log(bot)
 
     # With a sidecar.
 
@@ -557,9 +873,9 @@ class TestTelegram(Case):
         self.api.wait_for("replying")
         self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 1)
         gate.set()
-        # It acknowledges only what it has told the sidecar.
+        # It is over while the next poll, which confirms it, is still under way.
         self.api.wait_for("polling", lambda offset: offset > 1)
-        self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 0)
+        until(lambda: sidecar.active() == 0)
         confirm.set()
         self.end(bot)
         self.assertRegex(sidecar.prometheus(), r"(?m)^sidecar_requests_total 1$")
@@ -576,7 +892,7 @@ class TestTelegram(Case):
         self.assertEqual(sidecar.active(), 1)
         again = self.bot(SIDECAR_URL=sidecar.url)
         self.api.wait_until_confirmed()
-        self.assertEqual(sidecar.active(), 0)
+        until(lambda: sidecar.active() == 0)
         self.end(again)
 
     def drained(self):
@@ -585,7 +901,7 @@ class TestTelegram(Case):
         gate = self.api.hold("replying")
         self.api.say("before")
         self.api.say("after")
-        bot = self.bot(SIDECAR_URL=sidecar.url)
+        bot = self.bot(SIDECAR_URL=sidecar.url, CONCURRENCY=1)
         self.api.wait_for("replying")
         drain = threading.Thread(target=sidecar.get, args=("/drain",))
         drain.start()
@@ -601,7 +917,7 @@ class TestTelegram(Case):
 
     def test_it_takes_nothing_while_the_sidecar_drains_and_goes_on_when_it_serves(self):
         sidecar, bot = self.drained()
-        sidecar.post("/start-request")      # brings the sidecar back to serving
+        sidecar.post("/reset")              # brings the sidecar back to serving
         self.api.wait_until_confirmed()
         self.assertEqual(self.api.texts(), ["Echo: before", "Echo: after"])
         self.end(bot)
@@ -661,15 +977,15 @@ class TestTelegram(Case):
         def said():         # after one more update
             self.api.say("hello")
             self.api.wait_until_confirmed()
-            return re.findall("working without a sidecar|reporting to the sidecar", bot.log)
+            return re.findall("working without the sidecar|reporting to the sidecar", bot.log)
 
         for number, away in enumerate((True, False, True), 1):
             sidecar.away = away
             until(lambda: len(said()) >= number)   # it leaves one that was absent alone for a while
             for _ in range(5):
                 said()
-        self.assertEqual(said(), ["working without a sidecar", "reporting to the sidecar",
-                                  "working without a sidecar"])
+        self.assertEqual(said(), ["working without the sidecar", "reporting to the sidecar",
+                                  "working without the sidecar"])
         self.end(bot)
 
 

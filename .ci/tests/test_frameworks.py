@@ -1,0 +1,727 @@
+"""README's recipes, each with the framework's own worker and the real library.
+
+Under load a worker's sidecar hangs for 5 s, and then SIGTERM comes through `run`. Nothing may be
+lost, frozen or left counted. The frameworks are in a virtual environment of their own, since their
+versions of common packages differ: .ci/cache/frameworks.
+"""
+import http.client
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+from support import CACHE, HERE, PATIENCE, Case, needs, readme_blocks, until, version_of
+from test_kafka import KafkaCase, KafkaNode, needs_kafka
+from test_telegram import BotAPI, BotAPIHandler
+
+FRAMEWORKS = os.path.join(CACHE, "frameworks")
+PYTHON = os.path.join(FRAMEWORKS, "bin", "python")
+WORKERS = os.path.join(HERE, ".ci", "tests", "workers")
+RUST_WORKER = os.path.join(CACHE, "rust", "debug", "worker")
+HUNG_SECONDS = 5.0
+WORK_SECONDS = 0.2      # of a message
+GRACE_SECONDS = 60
+
+# What every worker in Python begins with: its work, and what a recipe takes for granted.
+PRELUDE = """
+import asyncio, os, signal, sys, threading, time
+sys.path.insert(0, %r)
+from sidecar import Sidecar
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+SECONDS = float(os.environ.get("WORK_SECONDS", "%s"))
+
+def work(number):
+    say("took", number)
+    time.sleep(SECONDS)
+    say("did", number)
+
+async def work_in_loop(number):
+    say("took", number)
+    await asyncio.sleep(SECONDS)
+    say("did", number)
+""" % (HERE, WORK_SECONDS)
+
+
+def needs_frameworks(thing):
+    return needs("the frameworks' environment", os.path.exists(PYTHON))(thing)
+
+
+def needs_node(thing):
+    node = os.path.exists(os.path.join(FRAMEWORKS, "node_modules", "grammy"))
+    return needs("grammY, kafkajs", node and version_of(["node", "--version"]) >= (18, 0))(thing)
+
+
+def module_folder(name):
+    """Return where Go keeps a module that was downloaded."""
+    try:
+        cache = subprocess.run(["go", "env", "GOMODCACHE"], stdout=subprocess.PIPE).stdout
+    except OSError:
+        return ""
+    return os.path.join(cache.decode().strip(), name)
+
+
+TELEBOT = module_folder("gopkg.in/telebot.v3@v3.3.8")
+
+
+def needs_redis(thing):
+    return needs("redis-server", shutil.which("redis-server"))(needs_frameworks(thing))
+
+
+def recipe(title):
+    """Return the code of README's recipe whose paragraph begins with the title."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    found = re.search(r"^\*\*%s\*\*.*?^```\w+\n(.*?)^```$" % re.escape(title), text,
+                      re.DOTALL | re.MULTILINE)
+    if not found:
+        raise AssertionError("README has no recipe %r" % title)
+    return found.group(1)
+
+
+class Frameworks:
+    """A worker that a test runs under `run`; it prints "took N" and "did N" of each message."""
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def save(self, name, text):
+        path = os.path.join(self.folder, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return path
+
+    def node_worker(self, text):
+        """Return the command of a worker beside README's client for Node.js."""
+        os.symlink(os.path.join(FRAMEWORKS, "node_modules"),
+                   os.path.join(self.folder, "node_modules"))
+        self.save("sidecar.mjs", readme_blocks("js")[0])
+        return "node", self.save("worker.mjs", """
+async function work(number) {
+  console.log("took", number);
+  await new Promise((resolve) => setTimeout(resolve, %d));
+  console.log("did", number);
+}
+""" % (1000 * WORK_SECONDS) + text)
+
+    def go_worker(self):
+        """Build the folder's Go files; return the program's path."""
+        done = subprocess.run(["go", "build", "-o", "worker", "."], cwd=self.folder,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=dict(os.environ, GOFLAGS="-mod=mod", GOTOOLCHAIN="local",
+                                       GOWORK="off"))
+        self.assertEqual(done.returncode, 0, done.stdout.decode())
+        return os.path.join(self.folder, "worker")
+
+    def under_run(self, *command, **env):
+        return self.sidecar("run", "--", "env", "--chdir=" + self.folder, *command,
+                            **dict(dict(GRACE_PERIOD_SECONDS=GRACE_SECONDS), **env))
+
+    @staticmethod
+    def numbers(program, word):
+        return [int(number) for number in
+                re.findall(r"^%s (\d+)$" % word, "\n".join(list(program.lines)), re.MULTILINE)]
+
+    def did(self, program):
+        return set(self.numbers(program, "did"))
+
+    def hang(self, sidecar, at_least):
+        """Let the sidecar hang under load: the worker works on, and is counted right after."""
+        sidecar.wait_for("^did ")
+        before = len(self.did(sidecar))
+        sidecar.signal(signal.SIGSTOP)
+        over_at = time.monotonic() + HUNG_SECONDS
+        until(lambda: time.monotonic() > over_at)
+        meanwhile = len(self.did(sidecar)) - before
+        sidecar.signal(signal.SIGCONT)
+        self.assertGreaterEqual(meanwhile, at_least, sidecar.log)
+
+        def counted_right():
+            under_way = len(self.numbers(sidecar, "took")) - len(self.numbers(sidecar, "did"))
+            return under_way > 0 and sidecar.active() == under_way
+        until(counted_right, "a count of what is under way")
+
+    def drain(self, sidecar, status=0):
+        """SIGTERM: what was taken is done, and the worker ends; return what it did."""
+        sidecar.signal(signal.SIGTERM)
+        self.assertEqual(sidecar.wait(), status, sidecar.log)
+        sidecar.wait_for("drain completed active_requests=0")
+        self.assertEqual(sorted(set(self.numbers(sidecar, "took"))), sorted(self.did(sidecar)),
+                         sidecar.log)
+        self.assertNotIn("Traceback", sidecar.log)
+        return self.did(sidecar)
+
+
+class Bots(BotAPI):
+    """A Bot API whose bots begin with calls that change nothing here, and which want each field."""
+
+    def __init__(self):
+        super().__init__()
+        self.RequestHandlerClass = BotsHandler
+
+    def feed(self, stopped):
+        """Say something 15 times a second, three quarters of what a bot here can do."""
+        number = 0
+        while not stopped.wait(1 / 15):
+            self.push("message", {
+                "message_id": 1000 + number, "date": 1700000000, "text": "m%d" % number,
+                "chat": {"id": 7, "type": "private", "first_name": "A"},
+                "from": {"id": 7, "is_bot": False, "first_name": "A"}})
+            number += 1
+            self.said = number
+
+    def left(self):
+        """Return the numbers of the messages that Telegram would hand out again."""
+        with self.changed:
+            return {int(update["message"]["text"][1:]) for update in self.updates}
+
+
+class BotsHandler(BotAPIHandler):
+    def do_POST(self):
+        connection, length = self.rfile, int(self.headers.get("Content-Length", 0))
+        body = connection.read(length)
+        self.rfile = io.BytesIO(b"{}  " if body == b"null\n" or body == b"null" else body)
+        try:
+            super().do_POST()
+        finally:
+            self.rfile = connection
+
+    do_GET = do_POST
+
+    def act(self, method, params):
+        params = {name: value for name, value in params.items() if value != "null"}
+        if method in ("deletewebhook", "setmycommands", "logout", "close"):
+            return self.answer(200, {"ok": True, "result": True})
+        return super().act(method, params)
+
+
+class TestBots(Frameworks, Case):
+    """Long polling: what is confirmed and not done is lost."""
+
+    def check(self, *command, **env):
+        api, stopped = Bots(), threading.Event()
+        self.addCleanup(api.close)
+        feeding = threading.Thread(target=api.feed, args=(stopped,))
+        feeding.start()
+        self.addCleanup(stopped.set)
+        sidecar = self.under_run(*command, API=api.url, TOKEN=api.TOKEN, **env)
+        self.hang(sidecar, at_least=5)
+        did = self.drain(sidecar)
+        stopped.set()
+        feeding.join(PATIENCE)
+        self.assertEqual(set(range(api.said)) - did - api.left(), set())
+
+    @needs_frameworks
+    def test_aiogram(self):
+        self.check(PYTHON, self.save("bot.py", PRELUDE + """
+from aiogram import Bot, Dispatcher
+from aiogram.client.session.aiohttp import AiohttpSession
+from aiogram.client.telegram import TelegramAPIServer
+
+dp = Dispatcher()
+
+@dp.message()
+async def handle(message):
+    await work_in_loop(message.text[1:])
+
+""" + recipe("aiogram 3") + """
+session = AiohttpSession(api=TelegramAPIServer.from_base(os.environ["API"]))
+bot = Bot(os.environ["TOKEN"], session=session)
+asyncio.run(dp.start_polling(bot, tasks_concurrency_limit=4))
+"""))
+
+    @needs_frameworks
+    def test_python_telegram_bot(self):
+        self.check(PYTHON, self.save("bot.py", PRELUDE + """
+from telegram.ext import Application, MessageHandler, filters
+
+async def handle(update, context):
+    await work_in_loop(update.message.text[1:])
+
+""" + recipe("python-telegram-bot") + """
+builder = Application.builder().token(os.environ["TOKEN"]).concurrent_updates(4)
+builder = builder.base_url(os.environ["API"] + "/bot")
+application = builder.application_class(Counted).build()
+application.add_handler(MessageHandler(filters.TEXT, handle))
+asyncio.run(main())
+"""))
+
+    @needs_node
+    def test_grammy(self):
+        self.check(*self.node_worker("""
+import { Bot } from "grammy";
+import { draining, track } from "./sidecar.mjs";
+
+const bot = new Bot(process.env.TOKEN, { client: { apiRoot: process.env.API } });
+""" + recipe("grammY").replace("await bot.start", """
+bot.on("message", (ctx) => work(ctx.message.text.slice(1)));
+await bot.start""")))
+
+    @needs("telebot", os.path.isdir(TELEBOT))
+    def test_telebot(self):
+        self.save("go.mod", "module worker\n\ngo 1.19\n\nrequire gopkg.in/telebot.v3 v3.3.8\n")
+        self.save("sidecar.go", readme_blocks("go")[0])
+        self.save("main.go", """package main
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	tele "gopkg.in/telebot.v3"
+)
+
+func main() {
+	bot, err := tele.NewBot(tele.Settings{URL: os.Getenv("API"), Token: os.Getenv("TOKEN"),
+		Poller: &tele.LongPoller{Timeout: time.Second}})
+	if err != nil {
+		log.Fatal(err)
+	}
+""" + recipe("telebot").replace("bot.Start()", """
+	bot.Handle(tele.OnText, func(c tele.Context) error {
+		fmt.Println("took", c.Text()[1:])
+		time.Sleep(%d * time.Millisecond)
+		fmt.Println("did", c.Text()[1:])
+		return nil
+	})
+	bot.Start()""" % (1000 * WORK_SECONDS)) + "}\n")
+        self.check(self.go_worker())
+
+
+class TestPlainLoop(Frameworks, Case):
+    """README's first loop, without a handler for SIGTERM: its starts are held in a drain."""
+
+    def check(self, threads):
+        setup, for_, loop = readme_blocks("py")[0].partition("for message")
+        sidecar = self.under_run(sys.executable, self.save("worker.py", PRELUDE + """
+import itertools
+
+class Consumer:
+    numbers = itertools.count()
+
+    def __iter__(self):
+        return self.numbers
+
+    def commit(self):
+        pass
+
+consumer, handle = Consumer(), work
+""" + setup + """
+loop = compile(%r, "README.md", "exec")
+for _ in range(%d):
+    threading.Thread(target=exec, args=(loop, globals(), {}), daemon=True).start()
+threading.Event().wait()
+""" % (for_ + loop, threads)))
+        self.hang(sidecar, at_least=5)
+        self.drain(sidecar, status=128 + signal.SIGTERM)
+
+    def test_one_thread(self):
+        self.check(1)
+
+    def test_four_threads(self):
+        self.check(4)
+
+
+class TestClientsOfToday(Frameworks, Case):
+    """Workers with a client of their own that know nothing else: no id, no look at `draining`, no
+    handler for SIGTERM."""
+
+    def check(self, *command, **env):
+        sidecar = self.under_run(*command, **env)
+        until(lambda: len(self.did(sidecar)) >= 20, "the first work")
+        until(lambda: sidecar.active() == len(self.numbers(sidecar, "took")) -
+              len(self.numbers(sidecar, "did")) > 0, "a count of what is under way")
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait()
+        sidecar.wait_for("drain completed active_requests=0")
+        took, did = self.numbers(sidecar, "took"), self.numbers(sidecar, "did")
+        self.assertEqual(sorted(took), sorted(did), sidecar.log)
+
+    @needs_frameworks
+    def test_python_with_requests(self):
+        self.check(PYTHON, self.save("worker.py", PRELUDE + """
+import itertools
+import requests
+
+SIDECAR_URL = os.environ["SIDECAR_URL"]
+numbers = itertools.count()
+
+def process():
+    try:
+        requests.post(f"{SIDECAR_URL}/start-request", timeout=1)
+    except requests.RequestException:
+        pass
+    start = time.time()
+    try:
+        work(next(numbers))
+    finally:
+        try:
+            requests.post(f"{SIDECAR_URL}/end-request?duration={time.time() - start}s", timeout=1)
+        except requests.RequestException:
+            pass
+
+def loop():
+    while True:
+        process()
+
+for _ in range(3):
+    threading.Thread(target=loop, daemon=True).start()
+loop()
+"""))
+
+    @needs_node
+    def test_node_with_axios(self):
+        self.check(*self.node_worker("""
+import axios from "axios";
+
+const sidecar = process.env.SIDECAR_URL;
+let number = 0;
+
+async function processMessage() {
+  const start = Date.now();
+  await axios.post(`${sidecar}/start-request`).catch(() => {});
+  try {
+    await work(number++);
+  } finally {
+    const duration = (Date.now() - start) / 1000;
+    await axios.post(`${sidecar}/end-request?duration=${duration}s`).catch(() => {});
+  }
+}
+
+async function loop() {
+  for (;;) await processMessage();
+}
+
+await Promise.all([loop(), loop(), loop(), loop()]);
+"""))
+
+    @needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
+    def test_go_with_http_post(self):
+        self.save("go.mod", "module worker\n\ngo 1.19\n")
+        self.save("main.go", """package main
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"sync/atomic"
+	"time"
+)
+
+var sidecar = os.Getenv("SIDECAR_URL")
+
+func reportEnd(duration time.Duration) {
+	http.Post(sidecar+"/end-request?duration="+duration.String(), "application/json", nil)
+}
+
+var number atomic.Int64
+
+func process() {
+	http.Post(sidecar+"/start-request", "application/json", nil)
+	start := time.Now()
+	defer func() { reportEnd(time.Since(start)) }()
+	message := number.Add(1)
+	fmt.Println("took", message)
+	time.Sleep(%d * time.Millisecond)
+	fmt.Println("did", message)
+}
+
+func loop() {
+	for {
+		process()
+	}
+}
+
+func main() {
+	for i := 0; i < 3; i++ {
+		go loop()
+	}
+	loop()
+}
+""" % (1000 * WORK_SECONDS))
+        self.check(self.go_worker())
+
+
+class TestOtherLanguages(Frameworks, Case):
+    """HTTP clients as they come: an upgrade to HTTP/2, Expect, and connections that were closed
+    while they were idle."""
+    IDLE_SECONDS = 0.5      # 60 where nobody waits for it
+
+    def counts(self, *command):
+        sidecar = self.sidecar(constants={"IDLE_SECONDS": self.IDLE_SECONDS})
+        worker = self.program(*command, env={"SIDECAR_URL": sidecar.url,
+                                             "PAUSE_SECONDS": 3 * self.IDLE_SECONDS})
+        self.assertEqual(worker.wait(), 0, worker.log)
+        self.assertEqual(self.numbers(worker, "did"), [0, 1, 2])
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 3)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
+        self.assertGreaterEqual(sidecar.sample("sidecar_request_duration_seconds_sum"),
+                                9 * self.IDLE_SECONDS)
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+
+    @needs("a JDK", shutil.which("javac"))
+    def test_java(self):
+        self.counts("java", os.path.join(WORKERS, "Worker.java"))
+
+    @needs("ureq", os.path.exists(RUST_WORKER))
+    def test_rust(self):
+        self.counts(RUST_WORKER)
+
+    @needs("curl", shutil.which("curl"))
+    def test_curl_as_readme_has_it(self):
+        sidecar = self.sidecar()
+        code, = readme_blocks("sh")[:1]
+        self.assertEqual(code.count("-X POST"), 2)
+        start, end = code.replace("http://127.0.0.1:8081", sidecar.url).splitlines()
+        for command, active in ((start, 1), (end, 0)):
+            for odd in ("", " --data-raw '' --header 'Expect: 100-continue'", " --http2"):
+                done = subprocess.run(["sh", "-ec", command + " --fail --no-progress-meter" + odd],
+                                      env=dict(os.environ, ID="7"), stdout=subprocess.PIPE)
+                self.assertEqual(done.returncode, 0)
+                self.assertIn('"active_requests": %d' % active, done.stdout.decode())
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 1)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_sum"), 1.2)
+
+
+@needs_redis
+class TestQueues(Frameworks, Case):
+    """Task queues on Redis: what is neither done nor done by the next worker is lost."""
+    COUNT = 150
+
+    def setUp(self):
+        super().setUp()
+        socket = os.path.join(self.folder, "redis.sock")
+        redis = self.program("redis-server", "--port", "0", "--unixsocket", socket, "--save", "",
+                             "--dir", self.folder)
+        redis.wait_for("[Rr]eady to accept connections")
+        self.redis = socket
+
+    def check(self, fill, *command, at_least=5, **env):
+        done = subprocess.run([PYTHON, "-c", fill], cwd=self.folder, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout.decode())
+        env = dict(env, PYTHONPATH=self.folder)
+        sidecar = self.under_run(*command, **env)
+        self.hang(sidecar, at_least)
+        did = self.drain(sidecar)
+        self.assertLess(len(did), self.COUNT)
+        following = self.program(*command, cwd=self.folder, env=dict(env, WORK_SECONDS=0))
+        until(lambda: did | self.did(following) == set(range(self.COUNT)), "the work that is left")
+
+    def app(self, name, text):
+        self.save(name + ".py", PRELUDE + text)
+
+    def test_celery(self):
+        self.app("tasks", """
+from celery import Celery, signals
+
+app = Celery("tasks", broker="redis+socket://%s")
+app.conf.worker_hijack_root_logger = False
+
+@app.task
+def handle(number):
+    work(number)
+
+""" % self.redis + recipe("Celery"))
+        self.check("import tasks\nfor n in range(%d): tasks.handle.delay(n)" % self.COUNT,
+                   PYTHON, "-m", "celery", "-A", "tasks", "worker", "--concurrency", "4")
+
+    def test_rq(self):
+        self.COUNT = 50         # it works on one at a time, and forks for each
+        self.app("work_of_jobs", "")
+        self.app("workers", "import rq\n" + recipe("RQ"))
+        self.check("""
+import redis, rq, work_of_jobs
+queue = rq.Queue(connection=redis.Redis(unix_socket_path=%r))
+for n in range(%d): queue.enqueue(work_of_jobs.work, n)
+""" % (self.redis, self.COUNT), os.path.join(FRAMEWORKS, "bin", "rq"), "worker",
+                   "--url", "unix://" + self.redis, "--worker-class", "workers.Counted")
+
+    def test_dramatiq(self):
+        self.app("actors", """
+import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+
+broker = RedisBroker(url="unix://%s")
+
+""" % self.redis + recipe("Dramatiq") + """
+broker.add_middleware(Counted())
+dramatiq.set_broker(broker)
+
+@dramatiq.actor
+def handle(number):
+    work(number)
+""")
+        self.check("import actors\nfor n in range(%d): actors.handle.send(n)" % self.COUNT,
+                   PYTHON, "-m", "dramatiq", "actors", "--processes", "2", "--threads", "2")
+
+
+@needs_frameworks
+class TestServers(Frameworks, Case):
+    """HTTP servers that are pushed to: a request that was sent and not answered is lost."""
+
+    def check(self, port, *command, status):
+        sidecar = self.under_run(*command, QUIET_PERIOD_SECONDS=1)
+        stopped, answered, lost = threading.Event(), [], []
+
+        def ask(number):
+            while not stopped.is_set():
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                try:
+                    connection.connect()
+                except OSError:                     # it does not listen yet
+                    time.sleep(0.05)
+                    continue
+                try:
+                    name = str(random.randrange(10 ** 9))
+                    connection.request("GET", "/" + name)
+                    self.assertEqual(connection.getresponse().read().decode(), name)
+                    answered.append(time.monotonic())
+                except Exception as error:
+                    lost.append(repr(error))
+                finally:
+                    connection.close()
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        self.addCleanup(stopped.set)
+        until(lambda: answered, "the first answer")
+        self.hang(sidecar, at_least=5)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait_for("drain started")
+        began = time.monotonic()
+        until(lambda: len([when for when in answered if when > began]) >= 8, "answers in a drain")
+        stopped.set()                               # the pod is out of its service's endpoints
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual(lost, [])
+        self.assertEqual(sidecar.wait(), status, sidecar.log)
+        sidecar.wait_for("drain completed active_requests=0")
+
+    @staticmethod
+    def free_port():
+        import socket
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            return one.getsockname()[1]
+
+    def test_fastapi(self):
+        self.save("web.py", PRELUDE + """
+from fastapi import FastAPI, Response
+
+app = FastAPI()
+
+@app.get("/{number}")
+async def handle(number: int):
+    await work_in_loop(number)
+    return Response(str(number))
+
+""" + recipe("FastAPI"))
+        port = self.free_port()
+        self.check(port, PYTHON, "-m", "uvicorn", "web:app", "--port", str(port),
+                   "--log-level", "warning", status=128 + signal.SIGTERM)
+
+    def test_flask_under_gunicorn(self):
+        self.save("web.py", PRELUDE + """
+from flask import Flask
+
+app = Flask("web")
+
+@app.get("/<int:number>")
+def handle(number):
+    work(number)
+    return str(number)
+
+""" + recipe("Flask"))
+        port = self.free_port()
+        self.check(port, PYTHON, "-m", "gunicorn", "--bind", "127.0.0.1:%d" % port,
+                   "--workers", "2", "--threads", "2", "--preload", "web:app", status=0)
+
+
+@needs_kafka
+class TestConsumers(Frameworks, KafkaCase):
+    """Kafka: what is committed and not done is lost."""
+    COUNT = 300
+
+    @classmethod
+    def setUpClass(cls):
+        cls.use(KafkaNode())
+
+    def check(self, *command):
+        self.topics(incoming=1)
+        self.write([dict(value=str(number)) for number in range(self.COUNT)])
+        sidecar = self.under_run(*command, BROKERS=self.brokers, TOPIC=self.incoming,
+                                 GROUP=self.group)
+        self.hang(sidecar, at_least=5)
+        did = self.drain(sidecar)
+        committed = self.COUNT - self.lag(1)
+        self.assertEqual(did, set(range(committed)))
+        self.assertLess(committed, self.COUNT)
+
+    @needs_frameworks
+    def test_confluent_kafka(self):
+        self.check(PYTHON, self.save("consumer.py", PRELUDE + """
+from confluent_kafka import Consumer
+
+def handle(message):
+    work(int(message.value()))
+
+consumer = Consumer({"bootstrap.servers": os.environ["BROKERS"], "group.id": os.environ["GROUP"],
+                     "enable.auto.commit": False, "auto.offset.reset": "earliest"})
+consumer.subscribe([os.environ["TOPIC"]])
+
+""" + recipe("confluent-kafka")))
+
+    @needs_node
+    def test_kafkajs(self):
+        self.check(*self.node_worker("""
+import { Kafka, logLevel } from "kafkajs";
+import { draining, track } from "./sidecar.mjs";
+
+const handle = (message) => work(message.value.toString());
+const kafka = new Kafka({ brokers: [process.env.BROKERS], logLevel: logLevel.ERROR });
+const consumer = kafka.consumer({ groupId: process.env.GROUP });
+await consumer.connect();
+await consumer.subscribe({ topic: process.env.TOPIC, fromBeginning: true });
+""" + recipe("kafkajs")))
+
+    @needs_frameworks
+    def test_aiokafka(self):
+        self.check(PYTHON, self.save("consumer.py", PRELUDE + """
+from aiokafka import AIOKafkaConsumer
+
+async def handle(message):
+    await work_in_loop(int(message.value))
+
+async def main():
+    consumer = AIOKafkaConsumer(
+        os.environ["TOPIC"], bootstrap_servers=os.environ["BROKERS"],
+        group_id=os.environ["GROUP"], enable_auto_commit=False, auto_offset_reset="earliest")
+    await consumer.start()
+""" + "".join("    " + line for line in recipe("aiokafka").splitlines(True)) + """
+asyncio.run(main())
+"""))
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
