@@ -391,7 +391,7 @@ class TestWorkers(PodCase):
     @side_by_side
     def test_batch_that_is_half_started(self):
         pod = self.pod(python_worker("batches.py", seconds=0.1, between=0.5, backlog=20)).start()
-        self.none_cut_off(self.busy(pod, 17))
+        self.none_cut_off(self.busy(pod, 17), within=30)
         self.assertEqual(len(pod.facts()[1]), 20)
 
     @side_by_side
@@ -403,10 +403,10 @@ class TestWorkers(PodCase):
     def test_aiohttp_with_a_time_out_for_the_whole_call_and_two_retries(self):
         """Each try counts once more, and what no end comes for lapses. (With two seconds, since a
         try that is not held may take one on a busy machine, and that one does not lapse.)"""
-        pod = self.pod(python_worker("event_loop.py", handlers=6, tries=3, timeout=2, backlog=36,
-                                     seconds=out_of_step(6))).start()
+        pod = self.pod(python_worker("event_loop.py", handlers=6, tries=3, timeout=2, backlog=24,
+                                     seconds=out_of_step(6, 4))).start()
         self.none_cut_off(self.busy(pod, 12), within=30)
-        self.assertEqual(len(pod.facts()[1]), 36)
+        self.assertEqual(len(pod.facts()[1]), 24)
 
     @side_by_side
     def test_start_that_gave_up_is_counted(self):
@@ -444,10 +444,12 @@ class TestWorkers(PodCase):
 
     @side_by_side
     def test_pool_of_one_connection(self):
+        """A held start has the connection that the ends need. It depends on who gets it next how
+        many starts have to be tried before all are answered."""
         pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4, 1),
-                                     client="pool", backlog=20)).start()
-        self.none_cut_off(self.busy(pod, 8), within=30)
-        self.assertEqual(len(pod.facts()[1]), 20)
+                                     client="pool", backlog=14), manifest(grace_seconds=60)).start()
+        self.none_cut_off(self.busy(pod, 8), within=55)
+        self.assertEqual(len(pod.facts()[1]), 14)
 
     @side_by_side
     def test_urllib(self):
