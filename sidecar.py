@@ -1279,25 +1279,25 @@ class Connection:
         if self.socket.send(data) < len(data):
             raise ConnectionError("the client takes too long to read its answer")
 
-    def idle_since(self, now):
-        """Return since when its client has been silent; infinity: it may not lose its place."""
-        since = self.waiting_since
-        may_go = since is not None and (self.idle or now - since >= SILENT_SECONDS)
-        return since if may_go else float("inf")
+    def rank(self, now):
+        """Return how much would be lost with its place, the least first; None: it is busy.
 
-    def is_busy(self, now):
-        return not self.held and self.idle_since(now) > now
+        An idle one loses nothing. A held start would be counted and answered; who waits for a drain
+        may be the kubelet, so it is the last to go.
+        """
+        held, since = self.held, self.waiting_since
+        if held:
+            trickles, since = held
+            return (1 if self.hung_up() else 2 if trickles else 4), since
+        if since is None or not self.idle and now < since + SILENT_SECONDS:
+            return None
+        return (0 if self.idle else 3), since
 
-    def held_rank(self):
-        """Return how it ranks among the held: who hung up first, then starts, then the oldest."""
+    def hung_up(self):
         try:
-            hung_up = not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            hung_up = False
-        except OSError:
-            hung_up = True
-        trickles, since = self.held or (True, 0.0)
-        return not hung_up, not trickles, since
+            return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
     def stop_reading(self):
         """Let it end: what has come by now is still read, and answered."""
@@ -1447,36 +1447,30 @@ class Server(http.server.ThreadingHTTPServer):
     def make_room(self, connection):
         """Return true where the connection has a place, or has got that of another one.
 
-        Who may change the count waits for those that are being answered, since nothing is lost with
-        them: where it is crowded they close next.
+        Who may change the count waits a moment for those that are being answered: they close next.
         """
         neighbours, began = connection.neighbours, connection.waiting_since
         self.tell(connection, int(len(neighbours) >= CROWDED))
         while len(neighbours) >= MAX_CONNECTIONS:
             now = time.monotonic()
-            waits = connection.caller.trusted and any(
-                other.is_busy(now) for other in list(neighbours.values()))
-            if waits and now < began + ROOM_SECONDS or not self.evict(connection, now):
-                if not waits or now >= began + SEND_SECONDS:
-                    return False
+            ranks = {other: other.rank(now) for other in list(neighbours.values())}
+            waits = connection.caller.trusted and None in ranks.values()
+            spared = [other for other in ranks if ranks[other] is not None]
+            if spared and not (waits and now < began + ROOM_SECONDS):
+                self.evict(connection, min(spared, key=ranks.get))
+            elif not waits or now >= began + SEND_SECONDS:
+                return False
+            else:
                 time.sleep(0.001)
         return True
 
-    def evict(self, connection, now):
-        """Take the place of one that idles or is held; return false where there is none."""
-        others = list(connection.neighbours.values())
-        longest = min(others, key=lambda other: other.idle_since(now), default=connection)
-        if longest.idle_since(now) > now:
-            held = [other for other in others if other.held]
-            if not held:
-                return False
-            longest = min(held, key=Connection.held_rank)
-            longest.gives_way = True
+    def evict(self, connection, other):
+        """Give a connection the place of another one, whose client hears what it is due."""
         self.tell(connection, 2)
         self.api.tracker.count("evicted_connections")
-        connection.neighbours.pop(longest.socket, None)
-        longest.stop_reading()
-        return True
+        connection.neighbours.pop(other.socket, None)
+        other.gives_way = True
+        other.stop_reading()
 
     def tell(self, connection, level):
         """Log how full a budget is: once, until it is fuller, or was half empty."""
