@@ -56,8 +56,9 @@ import time
 import types
 import urllib.request
 import zlib
-from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
+
+from sidecar import Sidecar
 
 log = logging.getLogger("echo_bot")
 
@@ -78,113 +79,7 @@ class Interrupted(Exception):
     """What was under way is given up, since the bot has to stop; an update in hand comes again."""
 
 
-# ---- The sidecar's client: copy this class into your own worker -----------------------------------------------------
-
-class Sidecar:
-    """Tells the sidecar of each request: `with sidecar.track(): work()`. Needs the imports above, may be used by threads.
-
-    It never raises, and never delays the work by more than TIMEOUT_SECONDS. After a failure it leaves the sidecar alone
-    for REST_SECONDS. `draining` is true from the moment on when an answer said so: take no more work, ask `ready`.
-    """
-
-    TIMEOUT_SECONDS = 1.0
-    REST_SECONDS = 3.0
-
-    def __init__(self, url=None):
-        """url: where the sidecar is; default: SIDECAR_URL, or http://127.0.0.1:8081. ValueError: it is no such URL."""
-        self.url = url or os.environ.get("SIDECAR_URL") or "http://127.0.0.1:8081"
-        parts = urlsplit(self.url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError("SIDECAR_URL=%r: expected http://HOST:PORT" % self.url)
-        self.draining = False
-        self._host, self._port = parts.hostname, parts.port or 80
-        self._threads_own = threading.local()       # a connection for each thread, kept alive
-        self._rest_until = 0.0
-        self._trouble = "unknown"                   # of the last call; None: it was answered
-        self._undelivered = set()                   # the paths of ends that wait for their next try
-        self._lock = threading.Lock()               # of what is told in the log once
-
-    @contextmanager
-    def track(self):
-        """Report the start of a request, and its end with its duration, however the block is left."""
-        request_id = os.urandom(16).hex()           # an id of our own makes it safe to say anything twice
-        heard = self._tell("POST", "/start-request?hold=false&id=" + request_id)
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            if heard is not False:
-                self._end("/end-request?id=%s&duration=%.6fs" % (request_id, time.monotonic() - started))
-
-    def ready(self):
-        """Ask whether work may be taken again. A sidecar that is gone has not said so: its pod is on its way out."""
-        self._rest_until = 0.0
-        self._tell("GET", "/ready")
-        return not self.draining
-
-    def reset(self):
-        """Say that this worker has just started: requests that one before it left behind are over."""
-        self._tell("POST", "/reset")
-
-    def close(self):
-        """Say, as the worker exits, what could not be said yet; a sidecar that still hangs costs one time-out."""
-        self._rest_until = 0.0
-        for path in list(self._undelivered):
-            self._tell("POST", path)
-
-    def _end(self, path):
-        """Deliver an end, now or later: a sidecar that hung for a moment must not be left with a count."""
-        self._undelivered.discard(path)
-        if not self._tell("POST", path) and not isinstance(self._trouble, ConnectionRefusedError):      # its count is gone
-            self._undelivered.add(path)
-            retry = threading.Timer(self.REST_SECONDS, self._end, [path])
-            retry.daemon = True
-            retry.start()
-
-    def _tell(self, method, path):
-        """Return True when the sidecar answered, False when it surely did not hear it, None when it may have."""
-        if time.monotonic() < self._rest_until:
-            return False
-        heard = False
-        for _ in range(2):
-            connection = getattr(self._threads_own, "connection", None)
-            is_new = connection is None
-            try:
-                if is_new:
-                    connection = http.client.HTTPConnection(self._host, self._port, timeout=self.TIMEOUT_SECONDS)
-                    connection.connect()
-                    self._threads_own.connection = connection
-                heard = None
-                connection.request(method, path)
-                answer = connection.getresponse()
-                content = json.loads(answer.read().decode())
-                if path == "/ready":
-                    self.draining = answer.status != 200
-                elif "draining" in content:
-                    self.draining = content["draining"]
-                self._note(None)
-                return True
-            except Exception as error:              # whatever it is, the work goes on
-                trouble = error
-                self._threads_own.connection = None
-                connection.close()
-                if is_new or isinstance(error, socket.timeout):
-                    break                           # else the sidecar had only closed an idle connection
-        self._rest_until = time.monotonic() + self.REST_SECONDS
-        self._note(trouble)
-        return heard
-
-    def _note(self, trouble):
-        with self._lock:
-            before, self._trouble = self._trouble, trouble
-        if (trouble is None) != (before is None) or before == "unknown":
-            if trouble is None:
-                log.info("reporting to the sidecar at %s", self.url)
-            else:
-                log.warning("working without a sidecar, %s does not answer: %s", self.url, trouble)
-
-
-# ---- The bot -------------------------------------------------------------------------------------
+# ---- The bot ------------------------------------------------------------------------------------
 
 def reply_to(update):
     """Return the Bot API call that answers an update, as (method, parameters), or None for none.
@@ -552,7 +447,7 @@ class Telegram:
             return b"", "%s: %s" % (type(error).__name__, error)
 
 
-# ---- Kafka: the protocol as data -----------------------------------------------------------------
+# ---- Kafka: the protocol as data ----------------------------------------------------------------
 
 # The letters of the struct module; a string or bytes may be null, which is None here.
 INT8, INT16, INT32, INT64, BOOLEAN, STRING, BYTES = "b", "h", "i", "q", "?", "string", "bytes"
@@ -769,7 +664,7 @@ class Decoder:
         raise Malformed("a number of more than ten bytes")
 
 
-# ---- Kafka: record batches -----------------------------------------------------------------------
+# ---- Kafka: record batches ----------------------------------------------------------------------
 
 # The head of a record batch v2 (KIP-98); its checksum covers byte 21 and on.
 BATCH = struct.Struct(">qiibIhiqqqhii")
@@ -1019,7 +914,7 @@ def murmur2(key):
     return (number ^ number >> 15) & 0x7FFFFFFF
 
 
-# ---- Kafka: connections --------------------------------------------------------------------------
+# ---- Kafka: connections -------------------------------------------------------------------------
 
 CHOICES = {"KAFKA_SECURITY_PROTOCOL": ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"),
            "KAFKA_SASL_MECHANISM": ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")}
@@ -1275,7 +1170,7 @@ class Cluster:
             self.connections.pop(address).socket.close()
 
 
-# ---- Kafka: the consumer group -------------------------------------------------------------------
+# ---- Kafka: the consumer group ------------------------------------------------------------------
 
 def assign_ranges(members, counts):
     """Share partitions out as Java's range assignor does: {member: {topic: [partition, ...]}}.
@@ -1602,7 +1497,7 @@ def retry_delay(failures):
     return min(3, 0.1 * 2 ** min(failures, 10)) * random.uniform(0.5, 1)
 
 
-# ---- Kafka: the producer -------------------------------------------------------------------------
+# ---- Kafka: the producer ------------------------------------------------------------------------
 
 class Producer:
     """Appends records to topics. A broker knows a repeat by our id and the sequence (KIP-98).
@@ -1686,7 +1581,7 @@ class Producer:
         self.sequences[topic, partition] = (sequence + 1) & 0x7FFFFFFF
 
 
-# ---- Kafka: the source ---------------------------------------------------------------------------
+# ---- Kafka: the source --------------------------------------------------------------------------
 
 class Receipt:
     """What an update came as: a record of a partition, which a member of the group was given."""
@@ -1947,7 +1842,7 @@ class Kafka:
             time.sleep(0.1)
 
 
-# ---- The loop ------------------------------------------------------------------------------------
+# ---- The loop -----------------------------------------------------------------------------------
 
 class Crew:
     """Handles up to `size` updates at once, each on a thread, those of one chat one after another.
@@ -2068,7 +1963,7 @@ def read_concurrency(environ):
 
 def new_sidecar(environ):
     split_url("SIDECAR_URL", environ.get("SIDECAR_URL") or "http://127.0.0.1:8081", ("http",))
-    return Sidecar()
+    return Sidecar(hold=False)          # on SIGTERM it finishes by itself what it has in hand
 
 
 def main(environ):

@@ -176,7 +176,7 @@ EXPECTED_DURATION = "a duration from 0 to a year, such as 1.2s, 350ms, 1m2.5s or
 def parse_duration(text: str) -> float:
     """Return the seconds that a text says: a number, or Go's form.
 
-    "3", "1.2s", "5.1e-05s", "350ms", "150µs" and "1m2.5s" are durations. ValueError: anything else,
+    "3", "1.2s", "5.1e-05s", "350ms", "150µs", "1m2.5s" are durations. ValueError: anything else,
     and over a year. https://pkg.go.dev/time#ParseDuration
     """
     if len(text) <= 100 and DURATION.fullmatch(text):
@@ -192,6 +192,8 @@ def parse_duration(text: str) -> float:
 
 SERVING, DRAINING, DRAINED = "serving", "draining", "drained"
 COMPLETED, TIMED_OUT, UNDONE = "completed", "timed_out", "undone"
+COUNTS = ("total_requests", "unmatched_ends", "expired_requests", "left_behind_requests",
+          "evicted_connections", "refused_connections", "refused_calls")
 
 
 class Drain:
@@ -221,7 +223,8 @@ class Drain:
 class InFlight:
     """A request that is counted, or whose start is held. Times are on the monotonic clock."""
 
-    __slots__ = "id", "brought_id", "local", "asked", "started", "held_before", "answer", "lapses_at"
+    __slots__ = ("id", "brought_id", "local", "asked", "started", "held_before", "answer",
+                 "lapses_at")
 
     def __init__(self, request_id, local, now):
         self.id = request_id                # None: none was brought, and it is not counted yet
@@ -248,7 +251,7 @@ class RequestTracker:
         self.quiet_period_seconds = quiet_period_seconds
         self.request_timeout_seconds = request_timeout_seconds or float("inf")
         self._processes = processes or PodProcesses(shared=False)
-        self._condition = threading.Condition()     # guards all below; notified when a drain is over
+        self._condition = threading.Condition()     # guards all below; notified: a drain is over
         self._active = OrderedDict()                # {id: InFlight}, the oldest first, as below
         self._without_id = OrderedDict()            # {id: None}: those whose ids were made here,
         self._unheard = OrderedDict()               # but for those whose client heard no answer
@@ -256,29 +259,26 @@ class RequestTracker:
         self._given_up_without_id = OrderedDict()   # {id: None}
         self._ended_ids = OrderedDict()             # {id: None} that the latest ends named
         self._early_ends = OrderedDict()            # {id: (when, seconds)}: no start has come yet
+        self._held = OrderedDict()                  # {InFlight: None}, the oldest first
         self._id_prefix = os.urandom(4).hex()       # so that an id from before a restart is unknown
-        self._started = 0                           # how many; so are the next three
-        self._unmatched = 0
-        self._expired = 0
-        self._left_behind = 0
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self._outcomes = {COMPLETED: 0, TIMED_OUT: 0, UNDONE: 0}
         self._duration_counts = [0] * (len(BUCKETS) + 1)
-        self._duration_sum = 0.0
-        self._short_durations = 0                   # how many in a row; None: the log told of them
         self._latest_durations = deque(maxlen=100)  # by the clock here, whatever the worker said
         self._start_time = time.time()
-        self._last_start_time = None
         self._idle_since = self._last_end = time.monotonic()
-        self._oldest_process = 0.0                  # when it began, as it was last seen
-        self._phase = SERVING                       # set by _begin, _finish and _undo alone
-        self._drain = None                          # the latest
-        self._outcomes = {COMPLETED: 0, TIMED_OUT: 0, UNDONE: 0}
-        self._terminating = False                   # SIGTERM has come
-        self._passed_on_at = None                   # when `run` passed it on to the worker
-        self._other_counts = dict.fromkeys(
-            ("evicted_connections", "refused_connections", "refused_calls"), 0)
-        self._held = OrderedDict()                  # {InFlight: None}, the oldest first
-        self._held_since = None                     # since when there has been one
-        self._held_seconds = 0.0                    # for how long there had been one before
+
+    # How the rest of what the condition guards begins.
+    _duration_sum = 0.0
+    _short_durations = 0                # how many in a row; None: the log told of them
+    _last_start_time = None
+    _oldest_process = 0.0               # when it began, as it was last seen
+    _phase = SERVING                    # set by _begin, _finish_if_due and _undo alone
+    _drain = None                       # the latest
+    _terminating = False                # SIGTERM has come
+    _passed_on_at = None                # when `run` passed it on to the worker
+    _held_since = None                  # since when there has been a held start
+    _held_seconds = 0.0                 # for how long there had been one before
 
     # -- starts and ends
 
@@ -314,14 +314,14 @@ class RequestTracker:
         """
         with self._condition:
             now = time.monotonic()
-            self._catch_up(now, look=request_id is None)    # or it would end what others left behind
+            self._catch_up(now, look=request_id is None)    # or it ends what others left behind
             ending = self._oldest_without_id() if request_id is None else request_id
             request = self._remove(ending, now) or self._forget_given_up(ending)
             known = request is not None or ending in self._ended_ids
             if request:
                 self._record(request, request_id, seconds, now)
             elif not known:
-                self._unmatched += 1
+                self._counts["unmatched_ends"] += 1
                 if request_id is not None:
                     remember(self._early_ends, request_id, (now, seconds))
             return known, len(self._active), self._phase != SERVING
@@ -406,7 +406,8 @@ class RequestTracker:
         - it has become active, or has ended, by another call with its id;
         - draining: it is the oldest, and nothing has ended for BLOCKED_SECONDS. The hold may be
           what blocks the worker: an event loop that waits for us, a request within a request. It is
-          a trial: if the count falls below what it was within a second, all are answered (`_remove`);
+          a trial: where the count falls below what it was within a second, all are answered, by
+          `_remove`;
         - draining: it was held for HELD_LONGEST_SECONDS;
         - drained, and its worker is still there, HELD_SECONDS later or newly started: only that was
           restarted, or a person drained, and the drain is undone;
@@ -441,7 +442,8 @@ class RequestTracker:
             oldest = self._processes.oldest_began(now)
             if not request.answer:
                 self._let_go(request, now)
-                if request.id in self._active or request.local and oldest and request.asked < oldest:
+                left_behind = request.local and oldest and request.asked < oldest
+                if left_behind or request.id in self._active:
                     return
                 self._count(request, now)
                 self._hold_no_more(now, "a client gave up")
@@ -459,7 +461,7 @@ class RequestTracker:
     def count(self, figure: str) -> None:
         """Add one to a figure that is not about requests."""
         with self._condition:
-            self._other_counts[figure] += 1
+            self._counts[figure] += 1
 
     def snapshot(self) -> dict:
         """Return every figure as of one moment; times are in seconds since the epoch."""
@@ -471,7 +473,6 @@ class RequestTracker:
             held = next(iter(self._held), None)
             return {
                 "active_requests": len(self._active),
-                "total_requests": self._started,
                 "last_request_time": self._last_start_time,
                 "start_time": self._start_time,
                 "is_processing": len(self._active) > 0,
@@ -479,9 +480,6 @@ class RequestTracker:
                 "phase": self._phase,
                 "draining": int(self._phase != SERVING),
                 "oldest_request_age_seconds": now - oldest.started if oldest else 0.0,
-                "unmatched_ends": self._unmatched,
-                "expired_requests": self._expired,
-                "left_behind_requests": self._left_behind,
                 "held_starts": len(self._held),
                 "oldest_held_start_age_seconds": now - held.asked if held else 0.0,
                 "drains": dict(self._outcomes),
@@ -489,7 +487,8 @@ class RequestTracker:
                 "drain_remaining_seconds":
                     max(drain.grace_over_at - now, 0.0) if self._phase == DRAINING else None,
                 "grace_period_seconds": self.grace_period_seconds,
-                "durations": (list(self._duration_counts), self._duration_sum), **self._other_counts,
+                "durations": (list(self._duration_counts), self._duration_sum),
+                **self._counts,
             }
 
     def active_requests(self) -> list:
@@ -507,17 +506,20 @@ class RequestTracker:
         requests are given up once they are gone.
         """
         oldest = self._processes.oldest_began(now) if look else None
-        if oldest and oldest > self._oldest_process + 0.01:     # which is how coarse /proc's clock is
+        if oldest and oldest > self._oldest_process + 0.01:     # which is how coarse /proc is
             self._oldest_process = oldest
             left = [request for request in self._active.values()
                     if request.local and request.asked < oldest]
-            self._left_behind += len(left)
+            self._counts["left_behind_requests"] += len(left)
             self._give_up(left, now)
         self._give_up([self._active[name] for name in self._unheard
                        if now >= self._active[name].lapses_at], now)
         while self._active and self._is_too_old(next(iter(self._active.values())), now):
             self._give_up([next(iter(self._active.values()))], now)
-        while self._early_ends and now >= next(iter(self._early_ends.values()))[0] + EARLY_END_SECONDS:
+        while self._early_ends:
+            when, _ = next(iter(self._early_ends.values()))
+            if now < when + EARLY_END_SECONDS:
+                break
             self._early_ends.popitem(last=False)
         self._finish_if_due(now)
 
@@ -571,7 +573,8 @@ class RequestTracker:
         fields = {"active_requests": len(self._active), "held_starts": len(self._held),
                   "elapsed_seconds": rounded(now - self._drain.began)}
         for request in self._active.values():
-            fields.update(("oldest_" + name, value) for name, value in described(request, now).items())
+            fields.update(("oldest_" + name, value)
+                          for name, value in described(request, now).items())
             break
         return fields
 
@@ -582,10 +585,10 @@ class RequestTracker:
         if request.id in self._active:
             self._unheard.pop(request.id, None)     # this time its client hears the answer
         else:
-            self._started += 1
+            self._counts["total_requests"] += 1
             self._last_start_time = time.time()
             if not request.brought_id:
-                request.id = "%s-%d" % (self._id_prefix, self._started)
+                request.id = "%s-%d" % (self._id_prefix, self._counts["total_requests"])
                 self._without_id[request.id] = None
             self._forget_given_up(request.id)
             request.started, request.held_before = now, self._held_until(now)
@@ -643,7 +646,7 @@ class RequestTracker:
     def _give_up(self, requests, now):
         """Give up those that are still active; return how many there were."""
         requests = [request for request in requests if self._active.get(request.id) is request]
-        self._expired += len(requests)
+        self._counts["expired_requests"] += len(requests)
         for number, request in enumerate(requests):
             unheard = request.id in self._unheard
             self._remove(request.id, now)
@@ -771,7 +774,7 @@ def start_ticks(pid):
     """Return when a process began, in ticks since boot; None for a zombie, or one that is gone."""
     try:
         with open("/proc/%s/stat" % pid) as stat:
-            fields = stat.read().rpartition(") ")[2].split()        # fields 3 and following of proc(5)
+            fields = stat.read().rpartition(") ")[2].split()    # fields 3 and following of proc(5)
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else int(fields[19])
@@ -897,7 +900,7 @@ def process_families():
     try:
         with open("/proc/self/stat") as stat, open("/proc/stat") as system, \
                 open("/proc/self/limits") as limits:
-            fields = stat.read().rpartition(") ")[2].split()        # fields 3 and following of proc(5)
+            fields = stat.read().rpartition(") ")[2].split()    # fields 3 and following of proc(5)
             booted = float(re.search("^btime ([0-9]+)", system.read(), re.MULTILINE).group(1))
             max_fds = re.search("^Max open files +([0-9]+)", limits.read(), re.MULTILINE).group(1)
         open_fds = len(os.listdir("/proc/self/fd"))
@@ -1067,7 +1070,9 @@ def headers_of(block):
 
 @functools.lru_cache(maxsize=MAX_SEEN)
 def parse_address(text):
-    """Return the IP address that a text is, without its scope; an IPv4-mapped one as IPv4. Or None."""
+    """Return the IP address that a text is, without its scope, an IPv4-mapped one as IPv4; or
+    None.
+    """
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -1788,7 +1793,8 @@ def serve(command: list = ()) -> None:
     worker = start_worker(command, servers[0].url, mask, cpus) if command else None
     log.info("listening", {"api": servers[0].url, "metrics": servers[1].url,
                            "version": __version__})
-    if settings.hold_starts == "auto" and not sure_to_end and "KUBERNETES_SERVICE_HOST" in os.environ:
+    in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+    if settings.hold_starts == "auto" and not sure_to_end and in_pod:
         log.warning("starts are not held while draining",
                     {"missing": "shareProcessNamespace: true in the pod's spec"})
     if worker:
@@ -2041,7 +2047,8 @@ def ask(command: str) -> int:
 def sidecar_address(environ):
     """Return (host, port, path before the endpoints, URL). ValueError names a bad variable."""
     def parse(url):
-        match = re.fullmatch(r"(?i:http)://(\[[^]/]+\]|[^][:/?#@\s]+)(?::([0-9]+))?(/[^?#\s]*)?", url)
+        match = re.fullmatch(
+            r"(?i:http)://(\[[^]/]+\]|[^][:/?#@\s]+)(?::([0-9]+))?(/[^?#\s]*)?", url)
         host, port, path = match.groups() if match else ("", "no", "")
         return host.strip("[]"), parse_port(port or "80", 1), (path or "").rstrip("/"), url
 
@@ -2563,12 +2570,14 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>sidecar</title>
 <style>
-:root { color-scheme: light dark; --rule: light-dark(#e2ded6, #303136); --hue: light-dark(#0b766e, #45c4b0) }
+:root { color-scheme: light dark; --rule: light-dark(#e2ded6, #303136);
+  --hue: light-dark(#0b766e, #45c4b0) }
 [data-phase^=drain] { --hue: light-dark(#ad5700, #f2a541) }
 [data-phase=gone] { --hue: light-dark(#b3261e, #ff8a7d) }
 * { margin: 0; font: inherit }
-body { max-width: 42rem; margin: auto; padding: 2rem 1.25rem; background: light-dark(#fcfbf9, #141517);
-  color: light-dark(#6b6760, #98948c); font: .875rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
+body { max-width: 42rem; margin: auto; padding: 2rem 1.25rem; color: light-dark(#6b6760, #98948c);
+  background: light-dark(#fcfbf9, #141517); font: .875rem/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums }
 .ends, #figures tbody { display: flex; justify-content: space-between }
 header, #longest tr { padding-bottom: .5rem; box-shadow: inset 0 -1px var(--rule);
   background: linear-gradient(var(--hue) 0 0) 0 100% / 0 2px no-repeat }
@@ -2576,7 +2585,8 @@ header, #longest tr { padding-bottom: .5rem; box-shadow: inset 0 -1px var(--rule
 #active { margin: 2rem -.05em 0; font-size: 5.5rem; line-height: 1 }
 [data-phase=gone] header ~ * { opacity: .4 }
 svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--rule) }
-path { fill: var(--hue); fill-opacity: .15; stroke: var(--hue); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+path { fill: var(--hue); fill-opacity: .15; stroke: var(--hue); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke }
 table { width: 100%; margin-top: 2rem; border-collapse: collapse }
 td { padding: .4rem 0; overflow-wrap: anywhere }
 td + td { color: CanvasText }
@@ -2592,7 +2602,7 @@ td + td { color: CanvasText }
 <table id="figures"></table>
 <table id="longest"></table>
 <script>
-const WINDOW = 180, GAP = 4;  // seconds: the width of the chart, and the silence that it shows
+const WINDOW = 180, GAP = 4;  // seconds: of the chart, and a silence that shows
 const find = css => document.querySelector(css);
 let samples = [], most = 0, heard = "";
 
@@ -2616,7 +2626,8 @@ function rows(table, content) {
 
 function time(s) {
   if (s < 60) return s.toFixed(1) + " s";
-  return s < 3600 ? `${s / 60 | 0} min ${s % 60 | 0} s` : `${s / 3600 | 0} h ${s / 60 % 60 | 0} min`;
+  return s < 3600 ? `${s / 60 | 0} min ${s % 60 | 0} s`
+    : `${s / 3600 | 0} h ${s / 60 % 60 | 0} min`;
 }
 
 function phase(name, story, share) {
@@ -2640,7 +2651,8 @@ function show(m, requests) {
 
 function draw(now) {
   samples = samples.filter(s => s.at > now - WINDOW);
-  const peak = Math.max(1, ...samples.map(s => s.active)), x = at => (WINDOW - 1 - now + at).toFixed(2);
+  const peak = Math.max(1, ...samples.map(s => s.active)),
+    x = at => (WINDOW - 1 - now + at).toFixed(2);
   put(find("#peak"), "peak " + peak);
   find("path").setAttribute("d", samples.map(({ at, active }, i) => {
     const near = s => s && Math.abs(s.at - at) < GAP, next = samples[i + 1];
@@ -2655,7 +2667,8 @@ async function ask(path) {
 }
 
 async function tick() {
-  const answers = await Promise.all([ask("metrics"), ask("requests")]).catch(() => 0), now = Date.now() / 1000;
+  const answers = await Promise.all([ask("metrics"), ask("requests")]).catch(() => 0),
+    now = Date.now() / 1000;
   if (answers) {
     samples.push({ at: now, active: answers[0].active_requests });
     show(answers[0], answers[1].slice(0, 10));
@@ -2670,16 +2683,16 @@ tick();
 
 
 def content_security_policy():
-    """Return the page's Content-Security-Policy: its own script and style, its own origin to ask, and nothing else."""
-    import base64           # here, because a start shall not pay for what only a person with a browser wants
+    """Return the page's own script and style, and its origin to ask, as all that it may use."""
+    import base64           # here, because only a person with a browser needs it
     import hashlib
 
     def digest(tag):
         text = PAGE.split("<%s>" % tag)[1].split("</%s>" % tag)[0]
         return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-    return ("default-src 'none'; connect-src 'self'; script-src %s; style-src %s; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'" % (digest("script"), digest("style")))
+    return ("default-src 'none'; connect-src 'self'; script-src %s; style-src %s; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'" % (digest("script"), digest("style")))
 
 
 if __name__ == "__main__":

@@ -2207,7 +2207,7 @@ class TestGivenUp(Case):
     """Requests whose worker died: REQUEST_TIMEOUT_SECONDS and POST /reset."""
 
     def test_a_request_that_takes_too_long_is_given_up(self):
-        sidecar = self.sidecar(REQUEST_TIMEOUT_SECONDS=0.3)
+        sidecar = self.sidecar(REQUEST_CALL_SECONDS=0.3)
         sidecar.post("/start-request?id=hung")
         sidecar.post("/start-request")
         until(lambda: sidecar.active() == 0)
@@ -2221,7 +2221,7 @@ class TestGivenUp(Case):
         self.assertEqual(sidecar.post("/end-request")[0], 409)
 
     def test_a_drain_does_not_wait_for_it_any_longer(self):
-        sidecar = self.sidecar(REQUEST_TIMEOUT_SECONDS=0.3, GRACE_PERIOD_SECONDS="1h")
+        sidecar = self.sidecar(REQUEST_CALL_SECONDS=0.3, GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request?id=hung")
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 0)
@@ -2286,14 +2286,12 @@ class HangingServer:
 
 
 class TestSidecarClient(Case):
-    """The class Sidecar of echo_bot.py, in this process."""
+    """The class Sidecar, in this process. More of it is in .ci/tests/test_client.py."""
 
     def client(self, url, **constants):
-        import echo_bot
-        client = echo_bot.Sidecar(url)
-        vars(client).update(dict({"TIMEOUT_SECONDS": PATIENCE}, **constants))
-        self.addCleanup(lambda: client._threads_own.connection
-                        and client._threads_own.connection.close())
+        client = sidecar_module.Sidecar(url)
+        vars(client).update(dict({"CALL_SECONDS": PATIENCE}, **constants))
+        self.addCleanup(client.close)
         return client
 
     def test_it_reports_the_start_and_the_end_with_the_duration(self):
@@ -2345,7 +2343,7 @@ class TestSidecarClient(Case):
         for _ in range(3):
             with client.track():
                 self.assertEqual(sidecar.active(), 1)
-                kept = client._threads_own.connection.sock
+                kept, = client._memory.kept
                 # Readable: its end has come.
                 self.assertTrue(select.select([kept], [], [], PATIENCE)[0])
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
@@ -2355,18 +2353,18 @@ class TestSidecarClient(Case):
             taken.bind(("127.0.0.1", 0))
             client, done = self.client("http://127.0.0.1:%d" % taken.getsockname()[1],
                                        REST_SECONDS=3600), []
-            with self.assertLogs("echo_bot") as logs:
+            with self.assertLogs("sidecar") as logs:
                 for turn in range(100):
                     with client.track():
                         done.append(turn)
         self.assertEqual(len(done), 100)
         self.assertEqual(len(logs.output), 1)
-        self.assertIn("working without a sidecar", logs.output[0])
+        self.assertIn("working without the sidecar", logs.output[0])
 
     def test_one_that_hangs_costs_its_time_out_once(self):
         hanging = HangingServer()
         self.addCleanup(hanging.close)
-        client, done = self.client(hanging.url, TIMEOUT_SECONDS=0.1, REST_SECONDS=3600), []
+        client, done = self.client(hanging.url, CALL_SECONDS=0.1, REST_SECONDS=3600), []
         for turn in range(100):
             with client.track():
                 done.append(turn)
@@ -2375,7 +2373,7 @@ class TestSidecarClient(Case):
 
     def test_an_end_that_could_not_be_delivered_is_delivered_later(self):
         sidecar = self.sidecar()
-        client = self.client(sidecar.url, TIMEOUT_SECONDS=0.2, REST_SECONDS=0.1)
+        client = self.client(sidecar.url, CALL_SECONDS=0.2, REST_SECONDS=0.1)
         with client.track():
             self.assertEqual(sidecar.active(), 1)
             sidecar.signal(signal.SIGSTOP)
@@ -2419,7 +2417,7 @@ class TestConsole(Case):
         self.assertEqual(echoed[4], "Echo: [1]")
         self.assertEqual(len(echoed), 6)
         self.assertEqual(bot.log.count("broken update"), 1)
-        self.assertEqual(bot.log.count("working without a sidecar"), 1)
+        self.assertEqual(bot.log.count("working without the sidecar"), 1)
         self.assertNotIn("Traceback", bot.log)
 
     def test_each_line_is_tracked(self):
@@ -2472,7 +2470,7 @@ class TestConsole(Case):
         sidecar.kill()
         self.say(bot, "two")
         bot.wait_for("Echo: two")
-        bot.wait_for("working without a sidecar")
+        bot.wait_for("working without the sidecar")
         again, before = self.sidecar(SIDECAR_PORT=sidecar.port), len(bot.lines)
 
         def tracked():
@@ -2481,7 +2479,7 @@ class TestConsole(Case):
         until(tracked)
         bot.wait_for("reporting to the sidecar", before)
         self.assertEqual([bot.log.count("reporting to the sidecar"),
-                          bot.log.count("working without a sidecar")], [2, 1])
+                          bot.log.count("working without the sidecar")], [2, 1])
 
     def test_a_crashed_workers_requests_are_given_up_when_it_starts_again(self):
         sidecar = self.sidecar()

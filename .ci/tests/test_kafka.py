@@ -182,9 +182,10 @@ class Proxy:
     what to pass on; where that is shorter, the connection is cut after it. A connection that lay
     idle for `forgets_after` seconds, where set, passes nothing any more and stays open."""
 
+    forgets_after = None
+
     def __init__(self, target):
         self.target, self.spoil, self.server = target, None, socket.socket()
-        self.forgets_after = None
         self.server.bind(("127.0.0.1", 0))
         self.server.listen(50)
         self.port = self.server.getsockname()[1]
@@ -1580,6 +1581,7 @@ class TestKafkaCluster(KafkaCase):
         for spoil, code in ((lambda data: b"", ""),
                             (lambda data: (over.wait(4 * PATIENCE), b"")[1], patient)):
             self.setUp()
+            over.clear()
             first, second, away = sorted((1, 2, 3), key=lambda node: (
                 node != self.coordinator(), node))
             self.assigned(self.incoming, first, second, away)

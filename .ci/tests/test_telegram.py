@@ -977,15 +977,15 @@ class TestTelegram(Case):
         def said():         # after one more update
             self.api.say("hello")
             self.api.wait_until_confirmed()
-            return re.findall("working without a sidecar|reporting to the sidecar", bot.log)
+            return re.findall("working without the sidecar|reporting to the sidecar", bot.log)
 
         for number, away in enumerate((True, False, True), 1):
             sidecar.away = away
             until(lambda: len(said()) >= number)   # it leaves one that was absent alone for a while
             for _ in range(5):
                 said()
-        self.assertEqual(said(), ["working without a sidecar", "reporting to the sidecar",
-                                  "working without a sidecar"])
+        self.assertEqual(said(), ["working without the sidecar", "reporting to the sidecar",
+                                  "working without the sidecar"])
         self.end(bot)
 
 
