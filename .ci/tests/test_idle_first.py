@@ -7,6 +7,7 @@ and the image of the manifests on its nodes; it works in namespaces of its own.
 import http.server
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,7 +20,8 @@ import threading
 import time
 import unittest
 
-from support import HERE, NAMESPACES, PATIENCE, Case, SidecarProcess, needs, run, until
+from support import (HERE, NAMESPACES, PATIENCE, SCALE, Case, SidecarProcess, installed, needs, run,
+                     until)
 
 # Made for this file, valid until 2100. The CAs lack key identifiers, as those of some clusters do.
 CA = """-----BEGIN CERTIFICATE-----
@@ -285,7 +287,8 @@ class TestPatches(IdleFirstCase):
         self.assertEqual([patch["path"][-8:] for patch in self.server.patches], ["worker-2"])
 
     def test_other_values_are_refused(self):
-        with self.assertRaisesRegex(AssertionError, "sidecar: POD_DELETION_COST='yes': expected true"):
+        told = "sidecar: POD_DELETION_COST='yes': expected true or false"
+        with self.assertRaisesRegex(AssertionError, told):
             SidecarProcess(POD_DELETION_COST="yes")
 
     def test_run(self):
@@ -483,6 +486,210 @@ class TestFailures(IdleFirstCase):
         sidecar = self.in_pod(KUBERNETES_SERVICE_HOST="localhost")
         sidecar.wait_for("not set error=.*[Cc]ertificate.*localhost")
         self.assertEqual(self.server.patches, [])
+
+
+CLUSTER = os.path.join(HERE, ".ci", "cluster")
+SPACE = "idle-first"            # the namespace of the tests, in place of the manifests' own
+SCALED_DOWN = max(round(10 * SCALE), 2)         # how many times
+
+# The sidecar's calls, from the bot's container.
+CALL = """
+import sys, urllib.request
+for path in sys.argv[1:]:
+    urllib.request.urlopen("http://127.0.0.1:8081" + path, b"").read()
+"""
+# Requests of 10 ms, 50 a second, for a minute.
+LOAD = """
+import http.client, time
+connection = http.client.HTTPConnection("127.0.0.1", 8081)
+def call(path):
+    connection.request("POST", path)
+    connection.getresponse().read()
+began = time.monotonic()
+for number in range(3000):
+    time.sleep(max(0, began + number / 50 - time.monotonic()))
+    call("/start-request")
+    time.sleep(0.01)
+    call("/end-request")
+print(time.monotonic() - began)
+"""
+# PATCHes with the account's token; prints the status of each, and what the API server says.
+ATTEMPTS = """
+import http.client, json, os, ssl, sys
+folder = "/var/run/secrets/kubernetes.io/serviceaccount/"
+context = ssl.create_default_context(cafile=folder + "ca.crt")
+for method, path, content_type, body in json.loads(sys.argv[1]):
+    connection = http.client.HTTPSConnection(os.environ["KUBERNETES_SERVICE_HOST"],
+                                             os.environ["KUBERNETES_SERVICE_PORT"], context=context)
+    connection.request(method, path, json.dumps(body), {
+        "Authorization": "Bearer " + open(folder + "token").read(),
+        "Content-Type": "application/" + content_type})
+    answer = connection.getresponse()
+    told = json.loads(answer.read())
+    print(answer.status, told.get("message", ""))
+"""
+
+
+@needs("a cluster (KUBECONFIG) or PyYAML", "KUBECONFIG" in os.environ and installed("yaml"))
+class TestOnCluster(Case):
+    """Three pods of the manifests whose worker does what the test says."""
+
+    def setUp(self):
+        self.kubectl("delete", "namespace", SPACE, "--ignore-not-found")
+        self.addCleanup(self.kubectl, "delete", "--ignore-not-found",
+                        "validatingadmissionpolicybinding,validatingadmissionpolicy",
+                        "bot-echo-idle-first")
+        self.addCleanup(self.kubectl, "delete", "namespace", SPACE, "--wait=false")
+
+    def kubectl(self, *arguments, objects=None):
+        """Run kubectl in the tests' namespace to its end and return what it printed."""
+        command = [CLUSTER, "kubectl"] if os.path.exists(CLUSTER) else ["kubectl"]
+        command += ["--namespace", SPACE]
+        if objects is None:
+            return run(*command, *arguments)
+        with tempfile.TemporaryFile() as file:
+            for thing in objects:
+                file.write(json.dumps(thing).encode() + b"\n---\n")
+            file.seek(0)
+            return run(*command, *arguments, "-f", "-", stdin=file)
+
+    def apply(self, components):
+        """Apply the manifests with these overlays, restricted, without KEDA and with no pod."""
+        from test_manifests import containers, kustomize, pick
+        objects = json.loads(json.dumps(kustomize(components=components)).replace(
+            "telegram-serverless", SPACE))
+        objects = [thing for thing in objects if "keda.sh" not in thing["apiVersion"]]
+        pick(objects, "Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] = \
+            "restricted"
+        containers(objects)["bot"]["command"] = ["python3", "-c", "import time; time.sleep(1e6)"]
+        pick(objects, "Deployment")["spec"]["replicas"] = 0
+        self.kubectl("apply", objects=objects)
+        return objects
+
+    def scale(self, replicas):
+        """Scale, and wait until all pods are there; return their names."""
+        self.kubectl("scale", "deployment/bot-echo", "--replicas=%d" % replicas)
+        self.kubectl("rollout", "status", "deployment/bot-echo", "--timeout=180s")
+        return self.pods()
+
+    def pods(self):
+        """Return the names of the pods that are not on their way out."""
+        listed = json.loads(self.kubectl("get", "pods", "-o", "json"))["items"]
+        return {pod["metadata"]["name"] for pod in listed
+                if "deletionTimestamp" not in pod["metadata"]}
+
+    def with_youngest(self):
+        """Scale to two pods and then to three; return all and the third."""
+        older = self.scale(2)
+        pods = self.scale(3)
+        youngest, = pods - older
+        return pods, youngest
+
+    def call(self, pod, *paths):
+        self.kubectl("exec", pod, "-c", "bot", "--", "python3", "-c", CALL, *paths)
+
+    def wait_for_cost(self, pod, cost):
+        escaped = ANNOTATION.replace(".", "\\.")
+        self.kubectl("wait", "pod/" + pod, "--timeout=120s",
+                     "--for=jsonpath={.metadata.annotations.%s}=%s" % (escaped, cost))
+
+    def report(self, text):
+        print("%s: %s" % (self.id().partition(".")[2], text), flush=True)
+
+    def test_the_busy_one_stays(self):
+        """Of three, the youngest, which is the first to go where the sidecar tells nothing."""
+        for components, stays in ([], False), (["idle-first"], True), \
+                (["pre-1.29", "idle-first"], True):
+            with self.subTest(components=components):
+                self.apply(components)
+                times = SCALED_DOWN if components == ["idle-first"] else 1
+                stayed = [self.scaled_down(bool(components)) for _ in range(times)]
+                self.report("%s: the busy one stayed %d times of %d" % (
+                    " ".join(components) or "no overlay", sum(stayed), times))
+                self.assertEqual(stayed, [stays] * times)
+                self.kubectl("delete", "deployment", "bot-echo")
+
+    def scaled_down(self, told):
+        """Scale three pods down to one; return whether it is the youngest, which is busy."""
+        pods, youngest = self.with_youngest()
+        self.call(youngest, "/start-request")
+        if told:
+            self.wait_for_cost(youngest, 1)
+        self.scale(1)
+        left, = until(lambda: len(self.pods()) == 1 and self.pods(), "two pods to go")
+        self.call(youngest, "/end-request")     # wherever it is, it is still at work
+        self.kubectl("wait", "--for=delete", "--timeout=120s",
+                     *["pod/" + name for name in pods - {left}])
+        return left == youngest
+
+    def test_the_account_can_do_nothing_else(self):
+        self.apply(["idle-first"])
+        pods, own = self.with_youngest()
+        other = min(pods - {own})
+        self.wait_for_cost(own, 0)
+
+        def patch(metadata, pod=own, spec=None, kind="merge-patch+json", sub=""):
+            body = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
+            if spec:
+                body["spec"] = spec
+            return "PATCH", "/api/v1/namespaces/%s/pods/%s%s" % (SPACE, pod, sub), kind, body
+
+        def cost(value):
+            return {"annotations": {ANNOTATION: value}}
+        path = "/api/v1/namespaces/%s/pods/%s" % (SPACE, own)
+        allowed = [patch(cost("1")), patch(cost("0"), kind="strategic-merge-patch+json")]
+        refused = [
+            patch(cost("1"), pod=other), patch(cost("2")), patch(cost("-1")), patch(cost(None)),
+            patch({"annotations": {ANNOTATION: "1", "other": "1"}}),
+            patch({"annotations": {"kubectl.kubernetes.io/default-container": "sidecar"}}),
+            patch({"annotations": {"kubectl.kubernetes.io/default-container": None}}),
+            patch({"annotations": None}), patch({"labels": {"other": "1"}}),
+            patch({"labels": {"app.kubernetes.io/name": None}}),
+            patch({"finalizers": ["example.com/stay"]}), patch({"ownerReferences": None}),
+            patch({}, spec={"activeDeadlineSeconds": 1}),
+            patch({}, kind="strategic-merge-patch+json",
+                  spec={"containers": [{"name": "bot", "image": "other"}]}),
+            patch(cost("1"), sub="/status"), patch(cost("1"), sub="/ephemeralcontainers"),
+            patch(cost("1"), pod="new", kind="apply-patch+yaml", sub="?fieldManager=other"),
+            ("GET", path, "json", None), ("DELETE", path, "json", None)]
+        told = self.kubectl("exec", own, "-c", "sidecar", "--", "python3", "-c", ATTEMPTS,
+                            json.dumps(allowed + refused)).splitlines()
+        for (method, path, _, body), line in zip(allowed + refused, told):
+            self.report("%s %s %s: %s" % (method, path.partition(SPACE)[2], json.dumps(body), line))
+        self.assertEqual([line.split()[0] for line in told],
+                         ["200"] * len(allowed) + ["403"] * len(refused))
+        bot = self.kubectl("exec", own, "-c", "bot", "--", "python3", "-c",
+                           "import os; print(os.path.exists('/var/run/secrets'))")
+        self.assertEqual(bot, "False\n")
+
+    def test_no_right_is_told_once(self):
+        self.apply(["idle-first"])
+        self.kubectl("delete", "rolebinding", "bot-echo")
+        pod, = self.scale(1)
+        log = until(lambda: re.findall(".* not set .*", self.kubectl("logs", pod, "-c", "sidecar")),
+                    "the line in the log")
+        self.report(log[0])
+        self.assertEqual(len(log), 1)
+        self.assertRegex(log[0], "403 pods .* is forbidden: .*bot-echo.* cannot patch resource")
+
+    def patches(self):
+        """Return how many PATCHes of pods the API server has had, but for those of a status."""
+        pattern = (r'apiserver_request_total\{(?=[^}]*resource="pods")(?=[^}]*subresource="")'
+                   r'(?=[^}]*verb="PATCH")[^}]*\} ([0-9.e+]+)')
+        return sum(map(float, re.findall(pattern, self.kubectl("get", "--raw", "/metrics"))))
+
+    def test_a_minute_of_load(self):
+        self.apply(["idle-first"])
+        pod, = self.scale(1)
+        self.wait_for_cost(pod, 0)
+        before = self.patches()
+        seconds = self.kubectl("exec", pod, "-c", "bot", "--", "python3", "-c", LOAD)
+        during = self.patches() - before
+        self.wait_for_cost(pod, 0)
+        self.report("%d PATCHes while 3,000 requests came in %.1f s, and %d after them" % (
+            during, float(seconds), self.patches() - before - during))
+        self.assertIn("deletion-cost: \"0\"", self.kubectl("get", "pod", pod, "-o", "yaml"))
+        self.assertLessEqual(during, 7)
 
 
 if __name__ == "__main__":
