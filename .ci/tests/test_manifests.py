@@ -217,7 +217,7 @@ class TestManifests(Case):
 
     def test_every_pod_shares_its_process_namespace(self):
         """The sidecar holds starts, and goes last, only where it does."""
-        for components in [], *([name] for name in self.OVERLAYS), self.OVERLAYS:
+        for components in ([], *([name] for name in self.OVERLAYS), self.OVERLAYS):
             pod = pick(kustomize(components=components), "Deployment")["spec"]["template"]["spec"]
             self.assertIs(pod["shareProcessNamespace"], True, components)
 
