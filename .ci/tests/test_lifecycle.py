@@ -577,6 +577,14 @@ class TestPodProcesses(PodCase):
                         pod.events.index("bot got SIGTERM"))
         self.assertLess(pod.events.index("bot ended"), pod.events.index("sidecar ended"))
 
+    @side_by_side
+    def test_before_1_29_the_worker_is_started_when_its_sidecar_listens(self):
+        objects = manifest(["pre-1.29"])
+        sidecar = containers(objects)["sidecar"]
+        sidecar["command"] = ["sh", "-c", "sleep 2; exec python3 /app/sidecar.py"]
+        pod = self.pod(self.WORKER, objects).start(ready=False)
+        self.assertEqual(pod.probe(sidecar["startupProbe"]), 200)
+
     def in_its_first_second(self, worker, objects):
         """Delete a pod when its containers have just been started."""
         pod = self.pod(worker, objects).start(ready=False)
