@@ -44,6 +44,9 @@ Variables, all of them optional:
                              never, or auto: where SIGTERM surely ends the
                              worker, so under `run`, and in a pod that
                              shares its process namespace
+    POD_DELETION_COST        true: scaling down removes idle pods first;    false
+                             the pod's service account has to be allowed
+                             to patch the pod
     TRUSTED_CLIENTS          CIDRs that may call * beside loopback
     LOG_LEVEL                DEBUG (each request), INFO, WARNING, ERROR     INFO
     LOG_FORMAT               text or json                                   text
@@ -126,6 +129,9 @@ class Settings:
         self.quiet_period_seconds = read_duration("QUIET_PERIOD_SECONDS", "0")
         self.request_timeout_seconds = read_duration("REQUEST_TIMEOUT_SECONDS", "0")
         self.hold_starts = read("HOLD_STARTS", "auto", *one_of("auto", "always", "never"))
+        switch, true_or_false = one_of("false", "true")
+        self.pod_deletion_cost = read("POD_DELETION_COST", "false",
+                                      lambda text: switch(text) == "true", true_or_false)
         self.trusted_clients = read("TRUSTED_CLIENTS", "", parse_networks,
                                     "addresses or CIDRs such as 10.0.0.0/8, separated by commas")
         self.log_level = read("LOG_LEVEL", "INFO", *one_of("DEBUG", "INFO", "WARNING", "ERROR"))
@@ -397,6 +403,14 @@ class RequestTracker:
             self._catch_up(time.monotonic())
             return self._phase
 
+    def wait_until_busy(self, seconds: float | None = None) -> bool:
+        """Wait until a request is active, or was meanwhile; return False when the seconds are over.
+        """
+        with self._condition:
+            before = self._counts["total_requests"]
+            return bool(self._condition.wait_for(
+                lambda: self._active or self._counts["total_requests"] > before, seconds))
+
     # -- held starts
 
     def answer_of_held(self, request: InFlight, must: bool = False):
@@ -596,6 +610,8 @@ class RequestTracker:
                 self._record(request, request.id, self._early_ends.pop(request.id)[1], now)
             else:
                 self._active[request.id] = request
+                if len(self._active) == 1:
+                    self._condition.notify_all()    # for `wait_until_busy`
         request.answer = request.id, len(self._active), self._phase != SERVING
 
     def _oldest_without_id(self):
@@ -1797,8 +1813,8 @@ def serve(command: list = ()) -> None:
 
 
 def start_threads(settings, tracker, servers, drainer):
-    """Start every thread that is ever needed for a drain: when a signal comes, there may be no more
-    to be had. Return the CPUs that this process might use before.
+    """Start every thread that is needed beside those of connections: later there may be no more to
+    be had. Return the CPUs that this process might use before.
     """
     cpus = stay_on_one_cpu()                # the threads inherit it
     try:
@@ -1807,6 +1823,8 @@ def start_threads(settings, tracker, servers, drainer):
         threading.Thread(target=tracker.keep_time, daemon=True).start()
         if drainer:
             drainer.start()
+        if settings.pod_deletion_cost:
+            threading.Thread(target=keep_deletion_cost, args=(tracker,), daemon=True).start()
         for server in servers:              # None: it does not poll
             threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
     except RuntimeError as error:
@@ -1887,6 +1905,82 @@ def leave(status, servers=()):
     log.info("exit", {"status": status})
     logging.shutdown()
     os._exit(status)
+
+
+# ---- The pod's deletion cost --------------------------------------------------------------------
+
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+ACCOUNT_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount/"
+COST_SECONDS = 10.0             # between two patches, and until a pod without a request is idle
+COST_RETRY_SECONDS = 300.0      # between two patches that fail, at most
+
+
+def keep_deletion_cost(tracker):
+    """Keep the annotation DELETION_COST of this pod at 1 while it is busy, and at 0 while it is
+    idle: when a Deployment is scaled down, the pods of the lowest cost go first. Never returns.
+
+    https://kubernetes.io/docs/concepts/workloads/controllers/replicaset/#pod-deletion-cost
+    A pod is busy from a request's start on, and idle when there was none for COST_SECONDS, so that
+    a stream of short ones is one change. One that drains is going already, and is left as it is.
+    """
+    cost = told = None                  # what the API server has (None: unknown), and the log
+    pause = COST_SECONDS
+    while True:
+        busy = tracker.wait_until_busy(None if cost == 0 else COST_SECONDS)
+        if busy != cost and tracker.phase() == SERVING:
+            error, retry_after = set_deletion_cost(int(busy))
+            if error and error != told:
+                log.warning("pod deletion cost not set", {"error": error})
+            cost, told = None if error else int(busy), error
+            pause = min(max(2 * pause, retry_after), COST_RETRY_SECONDS) if error else COST_SECONDS
+        time.sleep(pause)
+
+
+def set_deletion_cost(cost):
+    """Return (what went wrong, how many seconds the API server asks to wait); (None, 0) when the
+    pod has that cost.
+    """
+    try:
+        answer = patch_own_pod({"metadata": {"annotations": {DELETION_COST: str(cost)}}})
+        text = answer.read().decode("utf-8", "replace")
+        if answer.status == 200:
+            return None, 0
+        if "json" in answer.getheader("Content-Type", ""):
+            text = json.loads(text)["message"]
+        retry_after = answer.getheader("Retry-After", "")
+        return ("%d %s" % (answer.status, text.strip()),
+                int(retry_after) if retry_after.isdigit() else 0)
+    except FileNotFoundError as error:
+        return "%s is missing" % error.filename, 0
+    except Exception as error:          # whatever it is, the next patch may do better
+        return "%s: %s" % (type(error).__name__, error), 0
+
+
+def patch_own_pod(change):
+    """Send a merge patch (RFC 7396) of this pod; return the http.client.HTTPResponse.
+
+    https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/ says what is where.
+    """
+    import ssl              # here, because only who wants this pays for it
+
+    def account(name):      # read each time, because the kubelet renews them
+        with open(ACCOUNT_FOLDER + name) as file:
+            return file.read().strip()
+
+    headers = {"Authorization": "Bearer " + account("token"), "Connection": "close",
+               "Content-Type": "application/merge-patch+json",
+               "User-Agent": "sidecar/" + __version__}
+    # Not ssl's default context, which is strict from Python 3.13 on: the CAs of some clusters lack
+    # the key identifiers that it then wants.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=account("ca.crt"))
+    connection = http.client.HTTPSConnection(
+        os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]),
+        timeout=COST_SECONDS, context=context)
+    pod = os.environ.get("POD_NAME") or os.environ["HOSTNAME"]
+    connection.request("PATCH", "/api/v1/namespaces/%s/pods/%s" % (account("namespace"), pod),
+                       json.dumps(change), headers)
+    return connection.getresponse()
 
 
 # ---- python sidecar.py run -- COMMAND -----------------------------------------------------------

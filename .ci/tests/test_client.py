@@ -341,6 +341,20 @@ assert "encodings.idna" not in sys.modules
                                      "/reset?prefix=slot%203%3A", "/reset"])
 
 
+    def test_a_recycled_process_gives_up_only_what_is_its_own(self):
+        sidecar = self.sidecar()
+        clients = [self.client(sidecar.url, name="slot%d" % number) for number in (1, 2)]
+        for client in clients:
+            client.start("task")
+        self.client(sidecar.url, name="slot1").reset()
+        self.assertEqual([request["request_id"] for request in sidecar.get("/requests")[1]],
+                         ["slot2:task"])
+        for client in clients:
+            client.end("task")
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+
+
 class TestHeld(ClientCase):
     """The sidecar drains, and holds a start: its answer comes a byte at a time."""
 

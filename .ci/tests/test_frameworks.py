@@ -19,6 +19,7 @@ import time
 import unittest
 
 from support import CACHE, HERE, PATIENCE, Case, needs, readme_blocks, until, version_of
+from test_client import COUNTED, SILENCE, ScriptedServer, answer
 from test_kafka import KafkaCase, KafkaNode, needs_kafka
 from test_telegram import BotAPI, BotAPIHandler
 
@@ -29,6 +30,7 @@ RUST_WORKER = os.path.join(CACHE, "rust", "debug", "worker")
 HUNG_SECONDS = 5.0
 WORK_SECONDS = 0.2      # of a message
 GRACE_SECONDS = 60
+UNAVAILABLE = answer({"error": "too many connections"}, "503 Service Unavailable")
 
 # What every worker in Python begins with: its work, and what a recipe takes for granted.
 PRELUDE = """
@@ -458,6 +460,101 @@ func main() {
 }
 """ % (1000 * WORK_SECONDS))
         self.check(self.go_worker())
+
+
+class ReadmeClients:
+    """README's clients beyond what test_clients.py has of them: where the sidecar is in trouble."""
+
+    def test_a_slash_at_the_end_of_its_url(self):
+        sidecar = self.sidecar()
+        worker = self.worker(sidecar.url + "/", messages=2)
+        self.assertEqual(worker.wait(), 0, worker.log)
+        self.assertEqual(sidecar.sample("sidecar_requests_total"), 2)
+
+    def test_one_that_hangs_is_left_alone(self):
+        server = ScriptedServer(lambda path: SILENCE)
+        self.addCleanup(server.close)
+        worker = self.worker(server.url, messages=20)
+        self.assertEqual(worker.wait(), 0, worker.log)
+        self.assertEqual(len(self.did(worker)), 20)
+        self.assertLess(len(server.heard("/start-request")), 10)
+
+    def test_what_it_did_not_hear_it_is_told_later(self):
+        sidecar = self.sidecar()
+        worker = self.worker(sidecar.url, messages=1000000, seconds=0.1)
+        worker.wait_for("^did 2$")
+        sidecar.signal(signal.SIGSTOP)
+        stopped_at = len(self.did(worker))
+        until(lambda: len(self.did(worker)) > stopped_at + 10, "work without a sidecar")
+        sidecar.signal(signal.SIGCONT)
+        until(lambda: [request["age_seconds"] < 5 for request in sidecar.get("/requests")[1]] ==
+              [True], "no count but that of the work in hand")
+        worker.kill()
+
+    def test_a_failure_of_the_server_is_no_answer(self):
+        failures = [UNAVAILABLE]
+        server = ScriptedServer(
+            lambda path: failures.pop() if "end" in path and failures else COUNTED)
+        self.addCleanup(server.close)
+        worker = self.worker(server.url, messages=100, seconds=0.1)
+        server.wait_for("/end-request", 2)
+        first = server.heard("/end-request")[0]
+        until(lambda: server.paths.count(first) == 2, "the end once more")
+        worker.kill()
+
+
+@needs_node
+class TestNodeClient(ReadmeClients, Frameworks, Case):
+    def worker(self, url, messages, seconds=0, block=""):
+        command = self.node_worker("""
+import { track } from "./sidecar.mjs";
+
+for (let number = 0; number < %d; number++) {
+  await track(async () => {
+    console.log("took", number);
+    for (const over = Date.now() + %d; Date.now() < over && "%s"; );
+    await new Promise((resolve) => setTimeout(resolve, %d));
+    console.log("did", number);
+  });
+}
+""" % (messages, 1000 * seconds, block, 1000 * seconds))
+        return self.program(*command, env={"SIDECAR_URL": url})
+
+    def test_a_connection_that_was_closed_while_the_loop_was_blocked(self):
+        sidecar = self.sidecar(constants={"IDLE_SECONDS": 0.3})
+        worker = self.worker(sidecar.url, messages=3, seconds=0.9, block="yes")
+        self.assertEqual(worker.wait(), 0, worker.log)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
+        self.assertEqual(sidecar.active(), 0)
+
+
+@needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
+class TestGoClient(ReadmeClients, Frameworks, Case):
+    def worker(self, url, messages, seconds=0):
+        self.save("go.mod", "module worker\n\ngo 1.19\n")
+        self.save("sidecar.go", readme_blocks("go")[0])
+        self.save("main.go", """package main
+
+func main() {
+	for number := 0; number < %d; number++ {
+		track(func() error {
+			fmt.Println("took", number)
+			time.Sleep(%d * time.Millisecond)
+			fmt.Println("did", number)
+			return nil
+		})
+	}
+}
+""".replace("main\n", "main\n\nimport (\n\t\"fmt\"\n\t\"time\"\n)\n", 1)
+                  % (messages, 1000 * seconds))
+        return self.program(self.go_worker(), env={"SIDECAR_URL": url})
+
+    def test_a_connection_that_was_closed_while_it_was_idle(self):
+        sidecar = self.sidecar(constants={"IDLE_SECONDS": 0.3})
+        worker = self.worker(sidecar.url, messages=3, seconds=0.9)
+        self.assertEqual(worker.wait(), 0, worker.log)
+        self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
+        self.assertEqual(sidecar.active(), 0)
 
 
 class TestOtherLanguages(Frameworks, Case):
