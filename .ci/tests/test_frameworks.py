@@ -709,6 +709,7 @@ class TestServers(Frameworks, Case):
         sidecar.wait_for("drain started")
         began = time.monotonic()
         until(lambda: len([when for when in answered if when > began]) >= 8, "answers in a drain")
+        self.assertNotIn("drain completed", sidecar.log)
         stopped.set()                               # the pod is out of its service's endpoints
         for thread in threads:
             thread.join(PATIENCE)
