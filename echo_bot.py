@@ -565,7 +565,8 @@ SESSION_MS = 10000              # a killed bot's partitions move after this; bro
 REBALANCE_MS = 60000            # the group waits so long for a bot that is busy with updates
 LET_GO_SECONDS = 40             # a reply that cannot be written by then is left to who comes next
 HEARTBEAT_SECONDS = 1.0         # also how soon the others stand back for a new bot
-FETCH_MS = 500                  # a fetch waits this long, and what is left over at most as long
+FETCH_MS = 500                  # so long a broker waits for records
+BUSY_FETCH_MS = 20              # or so long, while others of its partitions will soon need more
 PARTITION_BYTES = 1 << 16       # a fetch's share for one partition: small, so that none waits long
 LARGEST_BYTES = 1 << 27         # an answer or an unpacked batch over this is malformed
 WINDOW = 500                    # offsets that may be done beyond one that is not
@@ -1718,18 +1719,22 @@ class Kafka:
             return (self.stopping.requested or self.member is not member
                     or leader not in self.leaders.values())
 
+        def led():
+            return [partition for partition in member.partitions
+                    if self.leaders.get(partition.index) == leader]
+
         def hungry():
-            return [partition for partition in member.partitions if not partition.records
-                    and self.leaders.get(partition.index) == leader
+            return [partition for partition in led() if not partition.records
                     and time.monotonic() > partition.rests_until]
 
         cluster, failures = Cluster(self.settings, ended), 0
         while not ended():
             with member.changed:
                 partitions = member.changed.wait_for(hungry, FETCH_MS / 1000)
+                wait_ms = FETCH_MS if len(partitions) == len(led()) else BUSY_FETCH_MS
             try:
                 if partitions:
-                    self._fetch(cluster, leader, member, partitions)
+                    self._fetch(cluster, leader, member, partitions, wait_ms)
                 failures = 0
             except TROUBLE as error:
                 failures += 1
@@ -1748,8 +1753,8 @@ class Kafka:
         self.cluster.look_again()
         self.stopping.sleep(delay)
 
-    def _fetch(self, cluster, leader, member, partitions):
-        """Fetch partitions from their leader, which waits for FETCH_MS where it has nothing."""
+    def _fetch(self, cluster, leader, member, partitions, wait_ms):
+        """Fetch partitions from their leader, which waits for wait_ms where it has nothing."""
         for partition in partitions:
             if partition.position is None:
                 earliest = self._find_earliest(cluster, leader, partition)
@@ -1757,7 +1762,7 @@ class Kafka:
                     partition.position = earliest
         asked = {partition.index: partition.position for partition in partitions}
         answer = cluster.call(leader, "Fetch", dict(
-            replica_id=-1, max_wait_ms=FETCH_MS, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
+            replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
             isolation_level=1, session_id=0, session_epoch=-1, forgotten=[], topics=[dict(
                 name=self.settings.incoming, partitions=[dict(
                     index=index, leader_epoch=-1, offset=offset, log_start_offset=-1,

@@ -44,6 +44,9 @@ Variables, all of them optional:
                              never, or auto: where SIGTERM surely ends the
                              worker, so under `run`, and in a pod that
                              shares its process namespace
+    POD_DELETION_COST        true: scaling down removes idle pods first;    false
+                             the pod's service account has to be allowed
+                             to patch the pod
     TRUSTED_CLIENTS          CIDRs that may call * beside loopback
     LOG_LEVEL                DEBUG (each request), INFO, WARNING, ERROR     INFO
     LOG_FORMAT               text or json                                   text
@@ -126,6 +129,9 @@ class Settings:
         self.quiet_period_seconds = read_duration("QUIET_PERIOD_SECONDS", "0")
         self.request_timeout_seconds = read_duration("REQUEST_TIMEOUT_SECONDS", "0")
         self.hold_starts = read("HOLD_STARTS", "auto", *one_of("auto", "always", "never"))
+        switch, true_or_false = one_of("false", "true")
+        self.pod_deletion_cost = read("POD_DELETION_COST", "false",
+                                      lambda text: switch(text) == "true", true_or_false)
         self.trusted_clients = read("TRUSTED_CLIENTS", "", parse_networks,
                                     "addresses or CIDRs such as 10.0.0.0/8, separated by commas")
         self.log_level = read("LOG_LEVEL", "INFO", *one_of("DEBUG", "INFO", "WARNING", "ERROR"))
@@ -397,6 +403,14 @@ class RequestTracker:
             self._catch_up(time.monotonic())
             return self._phase
 
+    def wait_until_busy(self, seconds: float | None = None) -> bool:
+        """Wait until a request is active, or was meanwhile; return False when the seconds are over.
+        """
+        with self._condition:
+            before = self._counts["total_requests"]
+            return bool(self._condition.wait_for(
+                lambda: self._active or self._counts["total_requests"] > before, seconds))
+
     # -- held starts
 
     def answer_of_held(self, request: InFlight, must: bool = False):
@@ -596,6 +610,8 @@ class RequestTracker:
                 self._record(request, request.id, self._early_ends.pop(request.id)[1], now)
             else:
                 self._active[request.id] = request
+                if len(self._active) == 1:
+                    self._condition.notify_all()    # for `wait_until_busy`
         request.answer = request.id, len(self._active), self._phase != SERVING
 
     def _oldest_without_id(self):
@@ -1279,25 +1295,25 @@ class Connection:
         if self.socket.send(data) < len(data):
             raise ConnectionError("the client takes too long to read its answer")
 
-    def idle_since(self, now):
-        """Return since when its client has been silent; infinity: it may not lose its place."""
-        since = self.waiting_since
-        may_go = since is not None and (self.idle or now - since >= SILENT_SECONDS)
-        return since if may_go else float("inf")
+    def rank(self, now):
+        """Return how much would be lost with its place, the least first; None: it is busy.
 
-    def is_busy(self, now):
-        return not self.held and self.idle_since(now) > now
+        An idle one loses nothing. A held start would be counted and answered; who waits for a drain
+        may be the kubelet, so it is the last to go.
+        """
+        held, since = self.held, self.waiting_since
+        if held:
+            trickles, since = held
+            return (1 if self.hung_up() else 2 if trickles else 4), since
+        if since is None or not self.idle and now < since + SILENT_SECONDS:
+            return None
+        return (0 if self.idle else 3), since
 
-    def held_rank(self):
-        """Return how it ranks among the held: who hung up first, then starts, then the oldest."""
+    def hung_up(self):
         try:
-            hung_up = not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            hung_up = False
-        except OSError:
-            hung_up = True
-        trickles, since = self.held or (True, 0.0)
-        return not hung_up, not trickles, since
+            return not self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
     def stop_reading(self):
         """Let it end: what has come by now is still read, and answered."""
@@ -1447,36 +1463,30 @@ class Server(http.server.ThreadingHTTPServer):
     def make_room(self, connection):
         """Return true where the connection has a place, or has got that of another one.
 
-        Who may change the count waits for those that are being answered, since nothing is lost with
-        them: where it is crowded they close next.
+        Who may change the count waits a moment for those that are being answered: they close next.
         """
         neighbours, began = connection.neighbours, connection.waiting_since
         self.tell(connection, int(len(neighbours) >= CROWDED))
         while len(neighbours) >= MAX_CONNECTIONS:
             now = time.monotonic()
-            waits = connection.caller.trusted and any(
-                other.is_busy(now) for other in list(neighbours.values()))
-            if waits and now < began + ROOM_SECONDS or not self.evict(connection, now):
-                if not waits or now >= began + SEND_SECONDS:
-                    return False
+            ranks = {other: other.rank(now) for other in list(neighbours.values())}
+            waits = connection.caller.trusted and None in ranks.values()
+            spared = [other for other in ranks if ranks[other] is not None]
+            if spared and not (waits and now < began + ROOM_SECONDS):
+                self.evict(connection, min(spared, key=ranks.get))
+            elif not waits or now >= began + SEND_SECONDS:
+                return False
+            else:
                 time.sleep(0.001)
         return True
 
-    def evict(self, connection, now):
-        """Take the place of one that idles or is held; return false where there is none."""
-        others = list(connection.neighbours.values())
-        longest = min(others, key=lambda other: other.idle_since(now), default=connection)
-        if longest.idle_since(now) > now:
-            held = [other for other in others if other.held]
-            if not held:
-                return False
-            longest = min(held, key=Connection.held_rank)
-            longest.gives_way = True
+    def evict(self, connection, other):
+        """Give a connection the place of another one, whose client hears what it is due."""
         self.tell(connection, 2)
         self.api.tracker.count("evicted_connections")
-        connection.neighbours.pop(longest.socket, None)
-        longest.stop_reading()
-        return True
+        connection.neighbours.pop(other.socket, None)
+        other.gives_way = True
+        other.stop_reading()
 
     def tell(self, connection, level):
         """Log how full a budget is: once, until it is fuller, or was half empty."""
@@ -1803,8 +1813,8 @@ def serve(command: list = ()) -> None:
 
 
 def start_threads(settings, tracker, servers, drainer):
-    """Start every thread that is ever needed for a drain: when a signal comes, there may be no more
-    to be had. Return the CPUs that this process might use before.
+    """Start every thread that is needed beside those of connections: later there may be no more to
+    be had. Return the CPUs that this process might use before.
     """
     cpus = stay_on_one_cpu()                # the threads inherit it
     try:
@@ -1813,6 +1823,8 @@ def start_threads(settings, tracker, servers, drainer):
         threading.Thread(target=tracker.keep_time, daemon=True).start()
         if drainer:
             drainer.start()
+        if settings.pod_deletion_cost:
+            threading.Thread(target=keep_deletion_cost, args=(tracker,), daemon=True).start()
         for server in servers:              # None: it does not poll
             threading.Thread(target=server.serve_forever, args=(None,), daemon=True).start()
     except RuntimeError as error:
@@ -1893,6 +1905,82 @@ def leave(status, servers=()):
     log.info("exit", {"status": status})
     logging.shutdown()
     os._exit(status)
+
+
+# ---- The pod's deletion cost --------------------------------------------------------------------
+
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+ACCOUNT_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount/"
+COST_SECONDS = 10.0             # between two patches, and until a pod without a request is idle
+COST_RETRY_SECONDS = 300.0      # between two patches that fail, at most
+
+
+def keep_deletion_cost(tracker):
+    """Keep the annotation DELETION_COST of this pod at 1 while it is busy, and at 0 while it is
+    idle: when a Deployment is scaled down, the pods of the lowest cost go first. Never returns.
+
+    https://kubernetes.io/docs/concepts/workloads/controllers/replicaset/#pod-deletion-cost
+    A pod is busy from a request's start on, and idle when there was none for COST_SECONDS, so that
+    a stream of short ones is one change. One that drains is going already, and is left as it is.
+    """
+    cost = told = None                  # what the API server has (None: unknown), and the log
+    pause = COST_SECONDS
+    while True:
+        busy = tracker.wait_until_busy(None if cost == 0 else COST_SECONDS)
+        if busy != cost and tracker.phase() == SERVING:
+            error, retry_after = set_deletion_cost(int(busy))
+            if error and error != told:
+                log.warning("pod deletion cost not set", {"error": error})
+            cost, told = None if error else int(busy), error
+            pause = min(max(2 * pause, retry_after), COST_RETRY_SECONDS) if error else COST_SECONDS
+        time.sleep(pause)
+
+
+def set_deletion_cost(cost):
+    """Return (what went wrong, how many seconds the API server asks to wait); (None, 0) when the
+    pod has that cost.
+    """
+    try:
+        answer = patch_own_pod({"metadata": {"annotations": {DELETION_COST: str(cost)}}})
+        text = answer.read().decode("utf-8", "replace")
+        if answer.status == 200:
+            return None, 0
+        if "json" in answer.getheader("Content-Type", ""):
+            text = json.loads(text)["message"]
+        retry_after = answer.getheader("Retry-After", "")
+        return ("%d %s" % (answer.status, text.strip()),
+                int(retry_after) if retry_after.isdigit() else 0)
+    except FileNotFoundError as error:
+        return "%s is missing" % error.filename, 0
+    except Exception as error:          # whatever it is, the next patch may do better
+        return "%s: %s" % (type(error).__name__, error), 0
+
+
+def patch_own_pod(change):
+    """Send a merge patch (RFC 7396) of this pod; return the http.client.HTTPResponse.
+
+    https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/ says what is where.
+    """
+    import ssl              # here, because only who wants this pays for it
+
+    def account(name):      # read each time, because the kubelet renews them
+        with open(ACCOUNT_FOLDER + name) as file:
+            return file.read().strip()
+
+    headers = {"Authorization": "Bearer " + account("token"), "Connection": "close",
+               "Content-Type": "application/merge-patch+json",
+               "User-Agent": "sidecar/" + __version__}
+    # Not ssl's default context, which is strict from Python 3.13 on: the CAs of some clusters lack
+    # the key identifiers that it then wants.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=account("ca.crt"))
+    connection = http.client.HTTPSConnection(
+        os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"]),
+        timeout=COST_SECONDS, context=context)
+    pod = os.environ.get("POD_NAME") or os.environ["HOSTNAME"]
+    connection.request("PATCH", "/api/v1/namespaces/%s/pods/%s" % (account("namespace"), pod),
+                       json.dumps(change), headers)
+    return connection.getresponse()
 
 
 # ---- python sidecar.py run -- COMMAND -----------------------------------------------------------

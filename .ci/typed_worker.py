@@ -10,4 +10,8 @@ version: str = sidecar.__version__
 tracker: sidecar.RequestTracker = sidecar.RequestTracker(grace_period_seconds=seconds)
 given_up: int = tracker.reset()
 figures: dict = tracker.snapshot()
+client: sidecar.Sidecar = sidecar.Sidecar()
+ready: bool = client.ready()
+with client.track("id"):
+    pass
 page: str = sidecar.render_prometheus(figures, openmetrics=True)

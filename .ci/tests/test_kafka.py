@@ -983,6 +983,15 @@ class TestKafka(KafkaCase):
         dead = Replies(self, self.name + "-dead").rest().records
         self.assertEqual(sorted(record.value() for record in dead), sorted(poison))
 
+    def test_a_partition_with_much_to_do_does_not_wait_for_an_idle_one(self):
+        self.topics(incoming=2, outgoing=1)
+        large = "x" * 20000         # three of them are a partition's share of a fetch
+        for number in range(60):
+            self.write([dict(value=envelope(number, text="%d %s" % (number, large)), partition=0)])
+        bot = self.bot(code="import echo_bot; echo_bot.FETCH_MS = 100000; ")
+        Replies(self).read(60)
+        self.assertNotIn("has not answered Fetch", bot.log)     # so it was not waited for
+
     # -- the group --
 
     def test_a_group_with_librdkafka_and_kafka_python(self):

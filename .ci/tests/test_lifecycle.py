@@ -11,7 +11,6 @@ import socketserver
 import sys
 import tempfile
 import threading
-import time
 import unittest
 
 from pod import Pod, in_network_of
@@ -47,12 +46,12 @@ def pod_spec(objects):
     return pick(objects, "Deployment")["spec"]["template"]["spec"]
 
 
-def manifest(components=(), grace_seconds=None, shares=None, **variables):
+def manifest(components=(), grace_seconds=None, shares=None, held_seconds=None, **variables):
     """Return what kustomize builds, with changes.
 
     components: the overlays. grace_seconds: the sidecar's grace period; the pod's keeps its
-    distance to it. shares: whether its containers share the process namespace. variables: others of
-    the sidecar's, or others' values.
+    distance to it. shares: whether its containers share the process namespace. held_seconds: the
+    sidecar's HELD_SECONDS. variables: more of the sidecar's, or with other values.
     """
     objects = kustomize(components=components)
     sidecar = containers(objects)["sidecar"]
@@ -63,6 +62,13 @@ def manifest(components=(), grace_seconds=None, shares=None, **variables):
         values["GRACE_PERIOD_SECONDS"] = str(grace_seconds)
     if shares is not None:
         pod_spec(objects)["shareProcessNamespace"] = shares
+    if held_seconds is not None:
+        sidecar["command"] = ["python3", "-c", """if True:
+            import sys
+            sys.path.insert(0, "/app")
+            import sidecar
+            sidecar.HELD_SECONDS = %d
+            sidecar.main(sys.argv[1:])""" % held_seconds]
     values.update(variables)
     sidecar["env"] = [{"name": name, "value": value} for name, value in values.items()]
     return objects
@@ -391,7 +397,7 @@ class TestWorkers(PodCase):
     @side_by_side
     def test_batch_that_is_half_started(self):
         pod = self.pod(python_worker("batches.py", seconds=0.1, between=0.5, backlog=20)).start()
-        self.none_cut_off(self.busy(pod, 17))
+        self.none_cut_off(self.busy(pod, 17), within=30)
         self.assertEqual(len(pod.facts()[1]), 20)
 
     @side_by_side
@@ -403,10 +409,10 @@ class TestWorkers(PodCase):
     def test_aiohttp_with_a_time_out_for_the_whole_call_and_two_retries(self):
         """Each try counts once more, and what no end comes for lapses. (With two seconds, since a
         try that is not held may take one on a busy machine, and that one does not lapse.)"""
-        pod = self.pod(python_worker("event_loop.py", handlers=6, tries=3, timeout=2, backlog=36,
-                                     seconds=out_of_step(6))).start()
+        pod = self.pod(python_worker("event_loop.py", handlers=6, tries=3, timeout=2, backlog=24,
+                                     seconds=out_of_step(6, 4))).start()
         self.none_cut_off(self.busy(pod, 12), within=30)
-        self.assertEqual(len(pod.facts()[1]), 36)
+        self.assertEqual(len(pod.facts()[1]), 24)
 
     @side_by_side
     def test_start_that_gave_up_is_counted(self):
@@ -444,10 +450,12 @@ class TestWorkers(PodCase):
 
     @side_by_side
     def test_pool_of_one_connection(self):
+        """A held start has the connection that the ends need. It depends on who gets it next how
+        many starts have to be tried before all are answered."""
         pod = self.pod(python_worker("threads.py", threads=4, seconds=out_of_step(4, 1),
-                                     client="pool", backlog=20)).start()
-        self.none_cut_off(self.busy(pod, 8), within=30)
-        self.assertEqual(len(pod.facts()[1]), 20)
+                                     client="pool", backlog=14), manifest(grace_seconds=60)).start()
+        self.none_cut_off(self.busy(pod, 8), within=55)
+        self.assertEqual(len(pod.facts()[1]), 14)
 
     @side_by_side
     def test_urllib(self):
@@ -517,7 +525,7 @@ class TestPodProcesses(PodCase):
         for _ in range(2):
             self.busy(pod, 6).crash("bot")
         self.none_cut_off(self.busy(pod, 6))
-        left, = re.findall(r"drain started active_requests=(\d+)", pod.log("sidecar"))
+        left = re.search(r"drain started active_requests=(\d+)", pod.log("sidecar")).group(1)
         self.assertLessEqual(int(left), 4, pod.log("sidecar"))
 
     @side_by_side
@@ -532,15 +540,8 @@ class TestPodProcesses(PodCase):
     @side_by_side
     def test_restart_of_the_container_serves_again_at_once(self):
         """At once: not after HELD_SECONDS, which are more than the test waits."""
-        objects = manifest()
-        containers(objects)["sidecar"]["command"] = ["python3", "-c", """if True:
-            import sys
-            sys.path.insert(0, "/app")
-            import sidecar
-            sidecar.HELD_SECONDS = %d
-            sidecar.main(sys.argv[1:])""" % (10 * PATIENCE)]
-        pod = self.busy(self.pod(self.WORKER, objects).start(), 8)
-        pod.restart("bot")
+        pod = self.pod(self.WORKER, manifest(held_seconds=10 * PATIENCE)).start()
+        self.busy(pod, 8).restart("bot")
         self.none_cut_off(self.busy(pod, 8))
 
     @side_by_side
@@ -554,10 +555,12 @@ class TestPodProcesses(PodCase):
     def test_another_sidecar_hides_a_restart_for_a_while(self):
         pod = self.busy(self.pod(self.WORKER, self.with_another_sidecar()).start(), 8)
         pod.restart("bot")
-        drained = pod.times["bot's preStop hook ended"]
-        until(lambda: pod.facts()[0], "it works again")
-        self.assertGreater(time.monotonic() - drained, 4)
         self.none_cut_off(self.busy(pod, 8))
+        drained, serving = [
+            int(hours) * 3600 + int(minutes) * 60 + int(seconds)
+            for hours, minutes, seconds in re.findall(
+                r"T(..):(..):(..)Z INFO (?:drain completed|serving again)", pod.log("sidecar"))[:2]]
+        self.assertGreaterEqual((serving - drained) % 86400, 4, pod.log("sidecar"))
 
     @side_by_side
     def test_another_sidecar_is_waited_for_in_full(self):
@@ -574,9 +577,17 @@ class TestPodProcesses(PodCase):
                         pod.events.index("bot got SIGTERM"))
         self.assertLess(pod.events.index("bot ended"), pod.events.index("sidecar ended"))
 
-    def in_its_first_second(self, worker, *components):
+    @side_by_side
+    def test_before_1_29_the_worker_is_started_when_its_sidecar_listens(self):
+        objects = manifest(["pre-1.29"])
+        sidecar = containers(objects)["sidecar"]
+        sidecar["command"] = ["sh", "-c", "sleep 2; exec python3 /app/sidecar.py"]
+        pod = self.pod(self.WORKER, objects).start(ready=False)
+        self.assertEqual(pod.probe(sidecar["startupProbe"]), 200)
+
+    def in_its_first_second(self, worker, objects):
         """Delete a pod when its containers have just been started."""
-        pod = self.pod(worker, manifest(components)).start(ready=False)
+        pod = self.pod(worker, objects).start(ready=False)
         statuses = self.delete(pod)
         self.assertLess(pod.gone_after, GONE_SECONDS, pod.log("sidecar"))
         self.assertNotIn(-signal.SIGKILL, statuses.values(), pod.log("sidecar"))
@@ -584,15 +595,17 @@ class TestPodProcesses(PodCase):
 
     @side_by_side
     def test_deleted_in_its_first_second(self):
-        self.in_its_first_second(self.WORKER)
+        self.in_its_first_second(self.WORKER, manifest())
 
     @side_by_side
     def test_deleted_in_its_first_second_before_1_29(self):
-        self.in_its_first_second(self.WORKER, "pre-1.29")
+        """The sidecar, which is told at once, waits for the worker as long as that takes: on a busy
+        machine its preStop hook alone may take longer than HELD_SECONDS."""
+        self.in_its_first_second(self.WORKER, manifest(["pre-1.29"], held_seconds=PATIENCE))
 
     @side_by_side
     def test_bot_deleted_in_its_first_second(self):
-        self.in_its_first_second(None)
+        self.in_its_first_second(None, manifest())
 
 
 @needs("requests, or tini", installed("requests") and shutil.which("tini"))

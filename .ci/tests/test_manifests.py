@@ -1,6 +1,7 @@
 """The manifests: as kubectl builds them, against the schemas, and the alerts by promtool."""
 import base64
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -28,20 +29,31 @@ def kustomize(folder="", components=()):
 
     components: the overlays to switch on first, by uncommenting their lines.
     """
+    def switch_on(text):
+        for line in ["components:"] + ["  - overlays/" + component for component in components]:
+            text = re.sub("^#(?=%s)" % line, "", text, flags=re.MULTILINE)
+        return text
+    return built(folder, switch_on if components else str)
+
+
+def kustomize_in_order(components):
+    """Return the same with the overlays in an order of their own."""
+    lines = "".join("- overlays/%s\n" % component for component in components)
+    return built("", lambda text: text + "components:\n" + lines)
+
+
+def built(folder, change):
+    """Return the objects of a folder of the manifests, with change(text) of kustomization.yaml."""
     import yaml
     with tempfile.TemporaryDirectory() as copy:
         copy = os.path.join(copy, "manifests")
         shutil.copytree(MANIFESTS, copy, ignore=shutil.ignore_patterns("bot.env"))
         shutil.copy(os.path.join(copy, "bot.env.example"), os.path.join(copy, "bot.env"))
-        if components:
-            path = os.path.join(copy, "kustomization.yaml")
-            with open(path) as file:
-                text = file.read()
-            for line in ("components:",) + tuple("  - overlays/" + component
-                                                 for component in components):
-                text = re.sub("^#(?=%s)" % line, "", text, flags=re.MULTILINE)
-            with open(path, "w") as file:
-                file.write(text)
+        path = os.path.join(copy, "kustomization.yaml")
+        with open(path) as file:
+            text = file.read()
+        with open(path, "w") as file:
+            file.write(change(text))
         return list(yaml.safe_load_all(run(*KUSTOMIZE, os.path.join(copy, folder))))
 
 
@@ -68,7 +80,8 @@ def environment(container, objects):
         else:
             values.update((name, base64.b64decode(value).decode()) for name, value in
                           sources["Secret", source["secretRef"]["name"]]["data"].items())
-    values.update((entry["name"], entry["value"]) for entry in container.get("env", []))
+    values.update((entry["name"], entry["value"] if "value" in entry else entry["valueFrom"])
+                  for entry in container.get("env", []))
     return values
 
 
@@ -76,7 +89,7 @@ def environment(container, objects):
 class TestManifests(Case):
     """What the manifests say, read from what kubectl builds of them."""
 
-    OVERLAYS = ("pre-1.29", "kafka-sasl")
+    OVERLAYS = ("pre-1.29", "kafka-sasl", "idle-first")
 
     def setUp(self):
         self.objects = kustomize()
@@ -204,7 +217,7 @@ class TestManifests(Case):
 
     def test_every_pod_shares_its_process_namespace(self):
         """The sidecar holds starts, and goes last, only where it does."""
-        for components in ([], ["pre-1.29"], ["kafka-sasl"], ["pre-1.29", "kafka-sasl"]):
+        for components in ([], *([name] for name in self.OVERLAYS), self.OVERLAYS):
             pod = pick(kustomize(components=components), "Deployment")["spec"]["template"]["spec"]
             self.assertIs(pod["shareProcessNamespace"], True, components)
 
@@ -252,11 +265,65 @@ class TestManifests(Case):
             (ca["name"], variables["KAFKA_SSL_CAFILE"]))
 
 
+    def test_idle_first_is_the_sidecars_alone(self):
+        """It gets the account's token, and the bot, which has more to lose, does not."""
+        for components in ["idle-first"], ["pre-1.29", "idle-first"]:
+            objects = kustomize(components=components)
+            spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
+            account = pick(objects, "ServiceAccount")
+            self.assertEqual(spec["serviceAccountName"], account["metadata"]["name"])
+            self.assertIs(account["automountServiceAccountToken"], False)
+            self.assertEqual([name for name, container in containers(objects).items()
+                              if "account" in [mount["name"] for mount in
+                                               container.get("volumeMounts", [])]], ["sidecar"])
+            variables = environment(containers(objects)["sidecar"], objects)
+            self.assertEqual(variables["POD_DELETION_COST"], "true")
+            self.assertEqual(variables["POD_NAME"], {"fieldRef": {"fieldPath": "metadata.name"}})
+            self.assertNotIn("POD_NAME", environment(containers(objects)["bot"], objects))
+
+    def test_idle_first_mounts_what_the_sidecar_reads(self):
+        import sidecar
+        objects = kustomize(components=["idle-first"])
+        spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
+        mount, = containers(objects)["sidecar"]["volumeMounts"]
+        self.assertEqual(mount["mountPath"] + "/", sidecar.ACCOUNT_FOLDER)
+        volume, = [volume for volume in spec["volumes"] if volume["name"] == mount["name"]]
+        paths = []
+        for source in volume["projected"]["sources"]:
+            (_, content), = source.items()
+            paths += [item["path"] for item in content.get("items", [content])]
+        self.assertEqual(sorted(paths), ["ca.crt", "namespace", "token"])
+
+    def test_idle_first_has_one_right(self):
+        objects = kustomize(components=["idle-first"])
+        account, binding = pick(objects, "ServiceAccount"), pick(objects, "RoleBinding")
+        self.assertEqual(pick(objects, "Role")["rules"],
+                         [{"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]}])
+        subject, = binding["subjects"]
+        self.assertEqual(subject, {"kind": "ServiceAccount", "name": account["metadata"]["name"],
+                                   "namespace": account["metadata"]["namespace"]})
+        self.assertEqual(binding["roleRef"]["name"], pick(objects, "Role")["metadata"]["name"])
+        policy = pick(objects, "ValidatingAdmissionPolicy")
+        bound = pick(objects, "ValidatingAdmissionPolicyBinding")["spec"]
+        self.assertEqual(bound, {"policyName": policy["metadata"]["name"],
+                                 "validationActions": ["Deny"]})
+        condition, = policy["spec"]["matchConditions"]
+        self.assertIn('":%s"' % account["metadata"]["name"], condition["expression"])
+
+    def test_overlays_in_any_order(self):
+        builds = [kustomize_in_order(order) for order in itertools.permutations(self.OVERLAYS)]
+        self.assertEqual([container["name"] for container in pick(builds[0], "Deployment")["spec"]
+                          ["template"]["spec"]["containers"]], ["sidecar", "bot"])
+        for objects in builds[1:]:
+            self.assertEqual(objects, builds[0])
+
+
 @needs("kubectl, or the Python package kubernetes-validate", VALIDATE)
 class TestKubernetesSchemas(Case):
     """The API server's published schemas, with unknown fields refused."""
 
     VERSIONS = {(): ("1.29", "newest"), ("kafka-sasl",): ("1.29", "newest"),
+                ("idle-first",): ("1.30", "newest"),
                 ("pre-1.29",): ("1.26", "1.27", "1.28", "1.29", "newest")}
 
     def test_every_object(self):
@@ -295,7 +362,7 @@ class TestOperatorTypes(Case):
     """
 
     def test_every_object(self):
-        objects = kustomize(components=["kafka-sasl"]) + kustomize("monitoring")
+        objects = kustomize(components=["kafka-sasl", "idle-first"]) + kustomize("monitoring")
         kinds = [thing["kind"] for thing in objects if self.check(thing)]
         self.assertEqual(sorted(kinds),
                          ["PodMonitor", "PrometheusRule", "ScaledObject", "TriggerAuthentication"])
