@@ -506,24 +506,24 @@ class ReadmeClients:
 
 @needs_node
 class TestNodeClient(ReadmeClients, Frameworks, Case):
-    def worker(self, url, messages, seconds=0, block=""):
+    def worker(self, url, messages, seconds=0, blocked=0):
         command = self.node_worker("""
 import { track } from "./sidecar.mjs";
 
 for (let number = 0; number < %d; number++) {
   await track(async () => {
     console.log("took", number);
-    for (const over = Date.now() + %d; Date.now() < over && "%s"; );
-    if (!"%s") await new Promise((resolve) => setTimeout(resolve, %d));
+    await new Promise((resolve) => setTimeout(resolve, %d));
+    for (const over = Date.now() + %d; Date.now() < over; ); // blocks the loop
     console.log("did", number);
   });
 }
-""" % (messages, 1000 * seconds, block, block, 1000 * seconds))
+""" % (messages, 1000 * seconds, 1000 * blocked))
         return self.program(*command, env={"SIDECAR_URL": url})
 
     def test_a_connection_that_was_closed_while_the_loop_was_blocked(self):
         sidecar = self.sidecar(constants={"IDLE_SECONDS": 0.3})
-        worker = self.worker(sidecar.url, messages=3, seconds=0.9, block="yes")
+        worker = self.worker(sidecar.url, messages=3, seconds=0.05, blocked=0.9)
         self.assertEqual(worker.wait(), 0, worker.log)
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
         self.assertEqual(sidecar.active(), 0)
