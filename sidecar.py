@@ -2176,6 +2176,7 @@ def main(arguments: list) -> int:
 
 MAX_UNSAID = 10000              # requests of which the sidecar has still to be told
 MAX_KEPT_CONNECTIONS = 16       # of a process, between two calls
+HEAD_REST = " HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n"
 ANSWER_HEAD = re.compile(rb"HTTP/1\.1 ([0-9]{3}) [^\r\n]*\r\n(?:[^\r\n]+\r\n)*?"
                          rb"Content-Length: ([0-9]{1,5})\r\n(?:[^\r\n]+\r\n)*\r\n")
 DECODE = json.JSONDecoder().raw_decode      # what json.loads does around it costs as much again
@@ -2219,8 +2220,7 @@ class Sidecar:
             parts = urlsplit(self.url)
             if parts.scheme != "http" or not parts.hostname:
                 raise ValueError
-            # As bytes: a text would be encoded by a module that is imported then, and a child that
-            # is forked meanwhile waits for ever for the import's lock.
+            # Bytes: text makes Python import a module at a call, and a fork may come in between.
             self._address = parts.hostname.encode("ascii"), parts.port or 80
         except ValueError:
             raise ValueError("SIDECAR_URL=%r: expected http://HOST:PORT" % self.url) from None
@@ -2228,12 +2228,11 @@ class Sidecar:
             raise ValueError("name=%r: expected 1 to 64 printable characters" % name)
         self.draining = False               # what the sidecar said last: take no more work
         self._base = quote(parts.path.rstrip("/"), safe="/%")
-        self._head = " HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n" % (
-            parts.netloc.rpartition("@")[2])
+        self._head = HEAD_REST % parts.netloc.rpartition("@")[2]
         self._prefix = name + ":" if name else ""
         self._quoted_prefix = quote(self._prefix, safe="")
         self._hold = "" if hold is None else "&hold=true" if hold else "&hold=false"
-        self._memories = {}                 # {pid: ProcessMemory}: a forked child begins anew
+        self._memories: dict = {}           # {pid: ProcessMemory}: a forked child begins anew
 
     def track(self, request_id: str | None = None) -> Tracked:
         """Return a context manager for a request: `with`, or in a coroutine `async with`.
