@@ -2176,6 +2176,7 @@ def main(arguments: list) -> int:
 
 MAX_UNSAID = 10000              # requests of which the sidecar has still to be told
 MAX_KEPT_CONNECTIONS = 16       # of a process, between two calls
+HEAD_REST = " HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n"
 ANSWER_HEAD = re.compile(rb"HTTP/1\.1 ([0-9]{3}) [^\r\n]*\r\n(?:[^\r\n]+\r\n)*?"
                          rb"Content-Length: ([0-9]{1,5})\r\n(?:[^\r\n]+\r\n)*\r\n")
 DECODE = json.JSONDecoder().raw_decode      # what json.loads does around it costs as much again
@@ -2219,8 +2220,7 @@ class Sidecar:
             parts = urlsplit(self.url)
             if parts.scheme != "http" or not parts.hostname:
                 raise ValueError
-            # As bytes: a text would be encoded by a module that is imported then, and a child that
-            # is forked meanwhile waits for ever for the import's lock.
+            # Bytes: text makes Python import a module at a call, and a fork may come in between.
             self._address = parts.hostname.encode("ascii"), parts.port or 80
         except ValueError:
             raise ValueError("SIDECAR_URL=%r: expected http://HOST:PORT" % self.url) from None
@@ -2228,12 +2228,11 @@ class Sidecar:
             raise ValueError("name=%r: expected 1 to 64 printable characters" % name)
         self.draining = False               # what the sidecar said last: take no more work
         self._base = quote(parts.path.rstrip("/"), safe="/%")
-        self._head = " HTTP/1.1\r\nHost: %s\r\nContent-Length: 0\r\n\r\n" % (
-            parts.netloc.rpartition("@")[2])
+        self._head = HEAD_REST % parts.netloc.rpartition("@")[2]
         self._prefix = name + ":" if name else ""
         self._quoted_prefix = quote(self._prefix, safe="")
         self._hold = "" if hold is None else "&hold=true" if hold else "&hold=false"
-        self._memories = {}                 # {pid: ProcessMemory}: a forked child begins anew
+        self._memories: dict = {}           # {pid: ProcessMemory}: a forked child begins anew
 
     def track(self, request_id: str | None = None) -> Tracked:
         """Return a context manager for a request: `with`, or in a coroutine `async with`.
@@ -2311,14 +2310,6 @@ class Sidecar:
         pid = os.getpid()
         return self._memories.get(pid) or self._memories.setdefault(pid, ProcessMemory())
 
-    async def _report(self, io, request, hold="&hold=false"):
-        """Say what has become of a request; if that was heard, what is unsaid of others too."""
-        deadline = time.monotonic() + self.CALL_SECONDS
-        unsaid = self._memory.unsaid
-        unsaid.pop(request.id, None)
-        if await self._say(io, request, deadline, hold) and unsaid:
-            await self._say_rest(io, deadline)
-
     async def _say_rest(self, io, deadline):
         unsaid = self._memory.unsaid
         for request_id in list(unsaid):
@@ -2388,7 +2379,6 @@ class Sidecar:
 
         Where a kept one turns out closed the call is made again: all calls may be repeated.
         """
-        data = (call + self._head).encode()
         answer = None
         while answer is None:
             try:
@@ -2399,7 +2389,7 @@ class Sidecar:
             if request:
                 request.heard = True
             try:
-                await io.send(connection, data)
+                connection.sendall((call + self._head).encode())    # a few bytes: they always fit
                 answer = await self._read_answer(io, connection, deadline)
             except ConnectionError:
                 if is_new:
@@ -2485,34 +2475,41 @@ class Tracked:
         self.seconds = None             # how long it took, if that is known
         self._sidecar, self._began = sidecar, 0.0
 
-    async def _enter(self, io):
+    async def _tell(self, io, hold="&hold=false"):
+        """Say what has become of it; if that was heard, what is unsaid of other requests too."""
+        sidecar = self._sidecar
+        deadline, unsaid = time.monotonic() + sidecar.CALL_SECONDS, sidecar._memory.unsaid
+        unsaid.pop(self.id, None)
         try:
-            await self._sidecar._report(io, self, self._sidecar._hold)
-        except BaseException:           # cancelled, or Ctrl-C: the block will not run
+            if await sidecar._say(io, self, deadline, hold) and unsaid:
+                await sidecar._say_rest(io, deadline)
+        except BaseException:           # cancelled, or Ctrl-C: if it was to begin, it will not
             self.ended = True
-            self._sidecar._keep(self)
+            sidecar._keep(self)
             raise
-        self._began = time.monotonic()
 
-    async def _exit(self, io):
+    def _end(self):
         if self._began:
             self.seconds = time.monotonic() - self._began
         self.ended = True
-        await self._sidecar._report(io, self)
 
     def __enter__(self) -> Tracked:
-        finish(self._enter(Blocking))
+        finish(self._tell(Blocking, self._sidecar._hold))
+        self._began = time.monotonic()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        finish(self._exit(Blocking))
+        self._end()
+        finish(self._tell(Blocking))
 
     async def __aenter__(self) -> Tracked:
-        await self._enter(InLoop)
+        await self._tell(InLoop, self._sidecar._hold)
+        self._began = time.monotonic()
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await self._exit(InLoop)
+        self._end()
+        await self._tell(InLoop)
 
 
 class ProcessMemory:
@@ -2565,15 +2562,11 @@ def finish(coroutine):
 
 
 class Blocking:
-    """Sockets for threads. OSError: a call failed, or took too long. A send is a few bytes."""
+    """Sockets for threads. OSError: it failed, or took too long."""
 
     @staticmethod
     async def connect(address, seconds):
         return socket.create_connection(address, max(seconds, 0.001))
-
-    @staticmethod
-    async def send(connection, data):
-        connection.sendall(data)
 
     @staticmethod
     async def receive(connection, seconds):
@@ -2594,14 +2587,10 @@ class InLoop:
             raise socket.timeout("timed out") from None
 
     @staticmethod
-    async def send(connection, data):
-        connection.setblocking(False)
-        connection.sendall(data)
-
-    @staticmethod
     async def receive(connection, seconds):
         import asyncio
         loop = asyncio.get_running_loop()
+        connection.setblocking(False)
         # The time-out ends the wait as if the sidecar had closed the connection. wait_for would
         # cost a task for each call.
         timer = loop.call_later(seconds, shut_down_socket, connection)

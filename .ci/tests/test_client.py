@@ -520,13 +520,16 @@ class TestTrouble(ClientCase):
             given, connect, receive = [], io.connect, io.receive
 
             async def slow_connect(address, seconds):
+                if threading.current_thread() is not threading.main_thread():
+                    raise OSError("not of this test")
                 given.append(seconds)
                 connection = await connect(address, seconds)
                 time.sleep(0.2)             # as with a full backlog, or a server of names
                 return connection
 
             async def timed_receive(connection, seconds):
-                given.append(seconds)
+                if threading.current_thread() is threading.main_thread():
+                    given.append(seconds)
                 return await receive(connection, seconds)
 
             client = self.client(server.url, CALL_SECONDS=0.3, REST_SECONDS=3600)
@@ -682,8 +685,9 @@ class TestTrouble(ClientCase):
             sidecar_module.Blocking.connect
 
         async def gated_connect(address, seconds):
-            reached.set()
-            gate.wait(PATIENCE)
+            if address == client._address:
+                reached.set()
+                gate.wait(PATIENCE)
             return await connect(address, PATIENCE)
 
         with mock.patch.object(sidecar_module.Blocking, "connect", gated_connect):
