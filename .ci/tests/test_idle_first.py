@@ -262,6 +262,7 @@ class TestPatches(IdleFirstCase):
             breaks += latest is not None and now - latest > pause       # a machine that stood still
             latest = now
             sidecar.post("/end-request")
+            time.sleep(pause / 20)              # idle mostly, but never for long
         changes = self.server.wait_for(2)[1:]
         self.assertEqual(changes[0], "1")
         self.assertLessEqual(len(changes), 1 + 2 * breaks)
@@ -637,6 +638,7 @@ class TestOnCluster(Case):
         def cost(value):
             return {"annotations": {ANNOTATION: value}}
         path = "/api/v1/namespaces/%s/pods/%s" % (SPACE, own)
+        image = {"containers": [{"name": "bot", "image": "other"}]}
         allowed = [patch(cost("1")), patch(cost("0"), kind="strategic-merge-patch+json")]
         refused = [
             patch(cost("1"), pod=other), patch(cost("2")), patch(cost("-1")), patch(cost(None)),
@@ -648,10 +650,10 @@ class TestOnCluster(Case):
             patch({"finalizers": ["example.com/stay"]}), patch({"ownerReferences": None}),
             patch({}, spec={"activeDeadlineSeconds": 1}),
             patch({}, kind="strategic-merge-patch+json",
-                  spec={"containers": [{"name": "bot", "image": "other"}]}),
+                  spec=image),
             patch(cost("1"), sub="/status"), patch(cost("1"), sub="/ephemeralcontainers"),
-            patch(dict(cost("1"), name="new"), pod="new", kind="apply-patch+yaml",
-                  sub="?fieldManager=other"),
+            patch({"name": "new"}, pod="new", kind="apply-patch+yaml", sub="?fieldManager=other",
+                  spec=image),
             ("GET", path, "json", None), ("DELETE", path, "json", None)]
         told = self.kubectl("exec", own, "-c", "sidecar", "--", "python3", "-c", ATTEMPTS,
                             json.dumps(allowed + refused)).splitlines()
