@@ -361,7 +361,8 @@ class RequestTracker:
             self._catch_up(now, look=True)
             self._terminating = self._terminating or terminating
             again = self._phase == DRAINED and (
-                not terminating if self._drain.outcome == TIMED_OUT else self._active)
+                not terminating if self._drain.outcome == TIMED_OUT
+                else len(self._active) > len(self._unheard))    # the unheard were mostly killed
             if self._phase == SERVING or again:
                 self._begin(now)
             return self._drain
