@@ -297,7 +297,7 @@ class RequestTracker:
         """
         with self._condition:
             now = time.monotonic()
-            self._catch_up(now)
+            self._catch_up(now, look=self._processes.unseen)    # while its process is there
             request = self._active.get(request_id) or InFlight(request_id, local, now)
             begins = request.started is None and request_id not in self._early_ends
             if self._phase == DRAINED and self._restarted(now):
@@ -748,8 +748,8 @@ class PodProcesses:
 
     def __init__(self, shared: bool | None = None) -> None:
         self.shared = pause_is_pid_1() if shared is None else shared
+        self.unseen = self.shared       # none was seen yet
         self._looked_at = 0.0
-        self._any_seen = False
         self._began = None              # infinite: none is left
 
     def oldest_began(self, now: float) -> float | None:
@@ -768,10 +768,10 @@ class PodProcesses:
             since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
         except OSError:
             return None
-        self._any_seen = self._any_seen or bool(ticks)
         if ticks:
+            self.unseen = False
             return now - since_boot + min(ticks) / os.sysconf("SC_CLK_TCK")
-        return float("inf") if self._any_seen else None
+        return None if self.unseen else float("inf")
 
 
 def pause_is_pid_1():

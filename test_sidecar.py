@@ -278,9 +278,14 @@ class Clockwork(unittest.TestCase):
     def restart(self, **options):
         """Begin anew, with a tracker that has counted nothing."""
         self.oldest_process = None
-        processes = types.SimpleNamespace(oldest_began=lambda now: self.oldest_process)
+        self.looks = 0
+        self.processes = types.SimpleNamespace(oldest_began=self.look, unseen=False)
         self.tracker = sidecar_module.RequestTracker(
-            self.GRACE, self.QUIET, options.get("timeout", 0.0), processes)
+            self.GRACE, self.QUIET, options.get("timeout", 0.0), self.processes)
+
+    def look(self, now):
+        self.looks += 1
+        return self.oldest_process
 
     def pass_time(self, seconds):
         self.clock.now += seconds
@@ -642,6 +647,15 @@ class TestHeldStarts(Clockwork):
         self.oldest_process = self.clock.now                # while it waits, too
         self.assertIsNone(self.tracker.wait(drain, 0))
         self.assertEqual(self.active, ["from afar"])
+
+    def test_starts_look_until_a_process_was_seen(self):
+        """So that a worker is known that is gone before anybody drains or asks for figures."""
+        self.processes.unseen = True
+        self.start("a")
+        self.assertEqual(self.looks, 1)
+        self.processes.unseen = False
+        self.start("b")
+        self.assertEqual(self.looks, 1)
 
     def test_an_end_without_an_id_ends_no_request_that_was_left_behind(self):
         self.start()
