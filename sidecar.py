@@ -1781,8 +1781,7 @@ SHUT_DOWN = {signal.SIGTERM, signal.SIGINT}
 
 
 def serve(command: list = ()) -> None:
-    """Serve until a signal comes, drain, and exit. With a command: run it as the worker, and exit
-    when and as it does. Never returns.
+    """Serve, drain at a signal, exit. With a command: as the worker, and as it does. Never returns.
     """
     try:
         settings = Settings(os.environ)
