@@ -22,6 +22,7 @@ import time
 import unittest
 
 from support import HERE, Case, installed, needs, readme_blocks, run, until
+from test_idle_first import OnCluster
 from test_kafka import KafkaCase, Replies, envelope
 from test_manifests import KUSTOMIZE, MANIFESTS, containers, pick
 
@@ -645,6 +646,15 @@ class TestPatch(ClusterCase):
             self.kubectl("patch", "deployment", "bot-echo", "--patch-file", file.name)
         self.kubectl("rollout", "status", "deployment/bot-echo", "--timeout=300s")
         self.delete_all_thrice(4)
+
+
+@needs_cluster
+class TestIdleFirst(OnCluster, Case):
+    KUBECTL = cluster.command()
+
+    def setUp(self):
+        cluster.start()
+        super().setUp()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Idle pods go first: POD_DELETION_COST, before a stand-in for the API server and on a cluster.
 
 The stand-in speaks TLS, knows one pod and asks for its account's token. What only a real API server
-and its controllers can tell is in TestOnCluster. That wants KUBECONFIG, Kubernetes 1.30 or newer,
-and the image of the manifests on its nodes; it works in namespaces of its own.
+and its controllers can tell is in OnCluster, which test_cluster.py runs. It runs here too where
+KUBECONFIG is set: a Kubernetes 1.30 or newer, whose nodes have the image of the manifests; in a
+namespace of its own.
 """
 import http.server
 import json
@@ -20,8 +21,7 @@ import threading
 import time
 import unittest
 
-from support import (HERE, NAMESPACES, PATIENCE, SCALE, Case, SidecarProcess, installed, needs, run,
-                     until)
+from support import (HERE, NAMESPACES, PATIENCE, Case, SidecarProcess, installed, needs, run, until)
 
 # Made for this file, valid until 2100. The CAs lack key identifiers, as those of some clusters do.
 CA = """-----BEGIN CERTIFICATE-----
@@ -488,9 +488,8 @@ class TestFailures(IdleFirstCase):
         self.assertEqual(self.server.patches, [])
 
 
-CLUSTER = os.path.join(HERE, ".ci", "cluster")
 SPACE = "idle-first"            # the namespace of the tests, in place of the manifests' own
-SCALED_DOWN = max(round(10 * SCALE), 2)         # how many times
+SCALED_DOWN = 3                 # times
 
 # The sidecar's calls, from the bot's container.
 CALL = """
@@ -530,9 +529,10 @@ for method, path, content_type, body in json.loads(sys.argv[1]):
 """
 
 
-@needs("a cluster (KUBECONFIG) or PyYAML", "KUBECONFIG" in os.environ and installed("yaml"))
-class TestOnCluster(Case):
-    """Three pods of the manifests whose worker does what the test says."""
+class OnCluster:
+    """Tests of three pods of the manifests whose worker does what the test says."""
+
+    KUBECTL = ["kubectl"]
 
     def setUp(self):
         self.kubectl("delete", "namespace", SPACE, "--ignore-not-found")
@@ -543,8 +543,7 @@ class TestOnCluster(Case):
 
     def kubectl(self, *arguments, objects=None):
         """Run kubectl in the tests' namespace to its end and return what it printed."""
-        command = [CLUSTER, "kubectl"] if os.path.exists(CLUSTER) else ["kubectl"]
-        command += ["--namespace", SPACE]
+        command = self.KUBECTL + ["--namespace", SPACE]
         if objects is None:
             return run(*command, *arguments)
         with tempfile.TemporaryFile() as file:
@@ -693,6 +692,12 @@ class TestOnCluster(Case):
             during, float(seconds), self.patches() - before - during))
         self.assertIn("deletion-cost: \"0\"", self.kubectl("get", "pod", pod, "-o", "yaml"))
         self.assertLessEqual(during, 7)
+
+
+if "KUBECONFIG" in os.environ:      # .ci/run has them in test_cluster.py, on the cluster there
+    @needs("PyYAML", installed("yaml"))
+    class TestOnCluster(OnCluster, Case):
+        pass
 
 
 if __name__ == "__main__":
