@@ -1714,27 +1714,15 @@ class Kafka:
                 self.readers[leader].start()
 
     def _read(self, member, leader):
-        """Fetch from a leader what has no records left, as long as it leads anything for us."""
+        """Fetch from a leader, as long as it leads anything for us."""
         def ended():
             return (self.stopping.requested or self.member is not member
                     or leader not in self.leaders.values())
 
-        def led():
-            return [partition for partition in member.partitions
-                    if self.leaders.get(partition.index) == leader]
-
-        def hungry():
-            return [partition for partition in led() if not partition.records
-                    and time.monotonic() > partition.rests_until]
-
         cluster, failures = Cluster(self.settings, ended), 0
         while not ended():
-            with member.changed:
-                partitions = member.changed.wait_for(hungry, FETCH_MS / 1000)
-                wait_ms = FETCH_MS if len(partitions) == len(led()) else BUSY_FETCH_MS
             try:
-                if partitions:
-                    self._fetch(cluster, leader, member, partitions, wait_ms)
+                self._read_once(member, leader, cluster)
                 failures = 0
             except TROUBLE as error:
                 failures += 1
@@ -1746,6 +1734,22 @@ class Kafka:
                 self.failure = error
                 break
         cluster.close()
+
+    def _read_once(self, member, leader, cluster):
+        """Fetch those of a leader's partitions that have no records left, when there are some."""
+        def led():
+            return [partition for partition in member.partitions
+                    if self.leaders.get(partition.index) == leader]
+
+        def hungry():
+            return [partition for partition in led() if not partition.records
+                    and time.monotonic() > partition.rests_until]
+
+        with member.changed:
+            partitions = member.changed.wait_for(hungry, FETCH_MS / 1000)
+            wait_ms = FETCH_MS if len(partitions) == len(led()) else BUSY_FETCH_MS
+        if partitions:
+            self._fetch(cluster, leader, member, partitions, wait_ms)
 
     def _wait_out(self, what, error, failures):
         delay = retry_delay(failures)

@@ -361,7 +361,8 @@ class RequestTracker:
             self._catch_up(now, look=True)
             self._terminating = self._terminating or terminating
             again = self._phase == DRAINED and (
-                not terminating if self._drain.outcome == TIMED_OUT else self._active)
+                not terminating if self._drain.outcome == TIMED_OUT
+                else len(self._active) > len(self._unheard))    # the unheard were mostly killed
             if self._phase == SERVING or again:
                 self._begin(now)
             return self._drain
@@ -1911,7 +1912,8 @@ def leave(status, servers=()):
 
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 ACCOUNT_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount/"
-COST_SECONDS = 10.0             # between two patches, and until a pod without a request is idle
+POD_IDLE_SECONDS = 1.0          # without a request: then a pod is idle
+COST_SECONDS = 10.0             # between two patches, at least
 COST_RETRY_SECONDS = 300.0      # between two patches that fail, at most
 
 
@@ -1920,19 +1922,22 @@ def keep_deletion_cost(tracker):
     idle: when a Deployment is scaled down, the pods of the lowest cost go first. Never returns.
 
     https://kubernetes.io/docs/concepts/workloads/controllers/replicaset/#pod-deletion-cost
-    A pod is busy from a request's start on, and idle when there was none for COST_SECONDS, so that
-    a stream of short ones is one change. One that drains is going already, and is left as it is.
+    A pod is busy from a request's start on, and idle when there was none for a second, so that a
+    stream of short ones is one change. One that drains is going already, and is left as it is.
     """
     cost = told = None                  # what the API server has (None: unknown), and the log
     pause = COST_SECONDS
+    patience = {None: COST_SECONDS, 0: None, 1: POD_IDLE_SECONDS}
     while True:
-        busy = tracker.wait_until_busy(None if cost == 0 else COST_SECONDS)
-        if busy != cost and tracker.phase() == SERVING:
-            error, retry_after = set_deletion_cost(int(busy))
-            if error and error != told:
-                log.warning("pod deletion cost not set", {"error": error})
-            cost, told = None if error else int(busy), error
-            pause = min(max(2 * pause, retry_after), COST_RETRY_SECONDS) if error else COST_SECONDS
+        busy = tracker.wait_until_busy(patience[cost])
+        if busy == cost or tracker.phase() != SERVING:
+            time.sleep(POD_IDLE_SECONDS)
+            continue
+        error, retry_after = set_deletion_cost(int(busy))
+        if error and error != told:
+            log.warning("pod deletion cost not set", {"error": error})
+        cost, told = None if error else int(busy), error
+        pause = min(max(2 * pause, retry_after), COST_RETRY_SECONDS) if error else COST_SECONDS
         time.sleep(pause)
 
 

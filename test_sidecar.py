@@ -585,6 +585,16 @@ class TestHeldStarts(Clockwork):
         self.pass_time(0.1)
         self.assertEqual(self.active, ["a"])
 
+    def test_after_a_drain_sigterm_does_not_wait_for_those_whose_clients_hung_up(self):
+        """They were held when SIGTERM ended their worker."""
+        drain = self.drain()
+        held = self.hold()
+        self.pass_time(self.QUIET)
+        self.assertEqual(self.tracker.wait(drain), "completed")
+        self.tracker.client_gone(held)
+        self.assertEqual(len(self.active), 1)
+        self.assertIs(self.tracker.begin_drain(terminating=True), drain)
+
     def test_one_that_is_started_again_with_its_id_is_heard(self):
         self.drain("a")
         self.tracker.client_gone(self.hold("b"))
@@ -2207,7 +2217,7 @@ class TestGivenUp(Case):
     """Requests whose worker died: REQUEST_TIMEOUT_SECONDS and POST /reset."""
 
     def test_a_request_that_takes_too_long_is_given_up(self):
-        sidecar = self.sidecar(REQUEST_CALL_SECONDS=0.3)
+        sidecar = self.sidecar(REQUEST_TIMEOUT_SECONDS=0.3)
         sidecar.post("/start-request?id=hung")
         sidecar.post("/start-request")
         until(lambda: sidecar.active() == 0)
@@ -2221,7 +2231,7 @@ class TestGivenUp(Case):
         self.assertEqual(sidecar.post("/end-request")[0], 409)
 
     def test_a_drain_does_not_wait_for_it_any_longer(self):
-        sidecar = self.sidecar(REQUEST_CALL_SECONDS=0.3, GRACE_PERIOD_SECONDS="1h")
+        sidecar = self.sidecar(REQUEST_TIMEOUT_SECONDS=0.3, GRACE_PERIOD_SECONDS="1h")
         sidecar.post("/start-request?id=hung")
         sidecar.signal(signal.SIGTERM)
         self.assertEqual(sidecar.wait(), 0)

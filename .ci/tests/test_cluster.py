@@ -21,7 +21,7 @@ import threading
 import time
 import unittest
 
-from support import HERE, Case, installed, needs, run, until
+from support import HERE, Case, installed, needs, readme_blocks, run, until
 from test_kafka import KafkaCase, Replies, envelope
 from test_manifests import KUSTOMIZE, MANIFESTS, containers, pick
 
@@ -619,6 +619,32 @@ class TestPodSecurity(ClusterCase):
             with self.subTest(components=components):
                 self.apply(with_worker(build(components), "python", 1, 0.3))
                 self.assertEqual(len(self.busy(1)), 3)
+
+
+@needs_cluster
+class TestPatch(ClusterCase):
+    def test_existing_deployment(self):
+        """README's patch brings the sidecar to a Deployment that knew nothing of it."""
+        import yaml
+        text, = [block for block in readme_blocks("yaml")
+                 if "preStop" in block and "initContainers" in block]
+        self.assertLessEqual(len(text.splitlines()), 18)
+        patch = yaml.safe_load(text)["spec"]["template"]["spec"]
+        objects = with_worker(build(), "python", 4, 2)
+        # The patch says nothing of privileges, as the Deployment that it is for may not either.
+        pick(objects, "Namespace")["metadata"]["labels"].update(
+            {"pod-security.kubernetes.io/enforce": "privileged"})
+        spec = pick(objects, "Deployment")["spec"]["template"]["spec"]
+        del spec["initContainers"], spec["terminationGracePeriodSeconds"]
+        del spec["shareProcessNamespace"], spec["containers"][0]["lifecycle"]
+        spec["containers"][0]["name"] = patch["containers"][0]["name"]
+        self.apply(objects)
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(text)
+            file.flush()
+            self.kubectl("patch", "deployment", "bot-echo", "--patch-file", file.name)
+        self.kubectl("rollout", "status", "deployment/bot-echo", "--timeout=300s")
+        self.delete_all_thrice(4)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ class Model:
         self.pass_time(now)
         self.terminating = self.terminating or terminating
         again = self.phase == "drained" and (
-            bool(self.active) if self.drain.outcome == "completed" else not terminating)
+            any(one not in self.unheard for one in self.active)
+            if self.drain.outcome == "completed" else not terminating)
         if self.phase == "serving" or again:
             self.phase = "draining"
             self.drain = types.SimpleNamespace(began=now, ended=None, outcome=None, holds=True,

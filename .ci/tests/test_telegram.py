@@ -618,7 +618,7 @@ class TestTelegram(Case):
         self.assertEqual(sidecar.sample("sidecar_requests_total"), 5)
 
     def test_one_chats_updates_stay_in_order(self):
-        gate = self.api.hold("replying")
+        gate = self.api.hold("replying", lambda text: text == "Echo: a0")
         for number in range(4):
             self.api.say("a%d" % number, chat=1)
         self.api.say("b0", chat=2)
@@ -972,7 +972,7 @@ class TestTelegram(Case):
         sidecar = ScriptedSidecar()
         self.addCleanup(sidecar.close)
         sidecar.away = True
-        bot = self.bot(SIDECAR_URL=sidecar.url)
+        bot = self.bot(SIDECAR_URL=sidecar.url, CONCURRENCY=1)      # one call after another
 
         def said():         # after one more update
             self.api.say("hello")
