@@ -129,7 +129,7 @@ class Settings:
         self.quiet_period_seconds = read_duration("QUIET_PERIOD_SECONDS", "0")
         self.request_timeout_seconds = read_duration("REQUEST_TIMEOUT_SECONDS", "0")
         self.hold_starts = read("HOLD_STARTS", "auto", *one_of("auto", "always", "never"))
-        switch, true_or_false = one_of("false", "true")
+        switch, true_or_false = one_of("true", "false")
         self.pod_deletion_cost = read("POD_DELETION_COST", "false",
                                       lambda text: switch(text) == "true", true_or_false)
         self.trusted_clients = read("TRUSTED_CLIENTS", "", parse_networks,

@@ -221,7 +221,7 @@ class TestCounting(ClientCase):
 
     def test_threads_and_loops_share_one_client(self):
         sidecar = self.sidecar()
-        client = self.client(sidecar.url)
+        client = self.client(sidecar.url, CALL_SECONDS=PATIENCE)
 
         def work(number):
             if number % 2:
@@ -762,6 +762,7 @@ class TestFork(ClientCase):
 import os, sys
 from sidecar import Sidecar
 client = Sidecar(sys.argv[1])
+client.CALL_SECONDS = 60     # a machine that is busy is no sidecar that hangs
 
 def work(count):
     for _ in range(count):
@@ -788,6 +789,7 @@ client.close()
 import asyncio, os, sys, threading
 from sidecar import Sidecar
 client = Sidecar(sys.argv[1])
+client.CALL_SECONDS = 60     # a machine that is busy is no sidecar that hangs
 stopped = threading.Event()
 made = []
 
@@ -835,6 +837,7 @@ with open(sys.argv[2], "w") as file:
 import multiprocessing, sys
 from sidecar import Sidecar
 client = Sidecar(sys.argv[1])
+client.CALL_SECONDS = 60     # a machine that is busy is no sidecar that hangs
 
 def work(number):
     with client.track():

@@ -18,7 +18,7 @@ import threading
 import time
 import unittest
 
-from support import CACHE, HERE, PATIENCE, Case, needs, readme_blocks, until, version_of
+from support import CACHE, HERE, PATIENCE, Case, child_of, needs, readme_blocks, until, version_of
 from test_client import COUNTED, SILENCE, ScriptedServer, answer
 from test_kafka import KafkaCase, KafkaNode, needs_kafka
 from test_telegram import BotAPI, BotAPIHandler
@@ -129,8 +129,18 @@ async function work(number) {
         return os.path.join(self.folder, "worker")
 
     def under_run(self, *command, **env):
-        return self.sidecar("run", "--", "env", "--chdir=" + self.folder, *command,
-                            **dict(dict(GRACE_PERIOD_SECONDS=GRACE_SECONDS), **env))
+        sidecar = self.sidecar("run", "--", "env", "--chdir=" + self.folder, *command,
+                               **dict(dict(GRACE_PERIOD_SECONDS=GRACE_SECONDS), **env))
+        self.addCleanup(self.end_group, child_of(sidecar.process.pid))
+        return sidecar
+
+    @staticmethod
+    def end_group(leader):
+        """End what a test that failed left of a worker: `run` gives it a group of its own."""
+        try:
+            os.killpg(leader, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
     @staticmethod
     def numbers(program, word):
@@ -624,6 +634,8 @@ class TestQueues(Frameworks, Case):
         self.assertLess(len(did), self.COUNT)
         following = self.program(*command, cwd=self.folder, env=dict(env, WORK_SECONDS=0))
         until(lambda: did | self.did(following) == set(range(self.COUNT)), "the work that is left")
+        following.signal(signal.SIGTERM)
+        following.wait()
 
     def app(self, name, text):
         self.save(name + ".py", PRELUDE + text)

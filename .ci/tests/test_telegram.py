@@ -984,8 +984,10 @@ class TestTelegram(Case):
             until(lambda: len(said()) >= number)   # it leaves one that was absent alone for a while
             for _ in range(5):
                 said()
-        self.assertEqual(said(), ["working without the sidecar", "reporting to the sidecar",
-                                  "working without the sidecar"])
+        lines = said()
+        gone, there = "working without the sidecar", "reporting to the sidecar"
+        # A call of another thread that was answered just before may tell of it just after.
+        self.assertIn(lines, ([gone, there, gone], [gone, there, gone, there, gone]))
         self.end(bot)
 
 
