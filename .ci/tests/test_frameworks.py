@@ -161,10 +161,15 @@ async function work(number) {
         sidecar.signal(signal.SIGCONT)
         self.assertGreaterEqual(meanwhile, at_least, sidecar.log)
 
-        def counted_right():
-            under_way = len(self.numbers(sidecar, "took")) - len(self.numbers(sidecar, "did"))
-            return under_way > 0 and sidecar.active() == under_way
-        until(counted_right, "a count of what is under way")
+        def under_way():
+            return len(self.numbers(sidecar, "took")) - len(self.numbers(sidecar, "did"))
+
+        def counted():
+            return sidecar.get("/metrics")[1]["total_requests"]
+        # The client leaves the sidecar alone for some seconds yet; what it tells late are a few.
+        goal = counted() + under_way() + 5
+        until(lambda: counted() >= goal, "a worker that counts again")
+        until(lambda: sidecar.active() == under_way() > 0, "a count of what is under way")
 
     def drain(self, sidecar, status=0):
         """SIGTERM: what was taken is done, and the worker ends; return what it did."""
