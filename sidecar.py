@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 from __future__ import annotations
 
+# Assigned, since `python -OO` takes docstrings away, and this one is shown.
 __doc__ = """Count the requests that a worker has in flight; hold its shutdown back until none is.
 
 Copy this file into an image and run it beside the worker. It needs Python 3.7 or newer and nothing
@@ -12,6 +13,8 @@ else.
                                           also: ready, drain, metrics, requests. SIDECAR_URL says
                                           where, or else SIDECAR_HOST and SIDECAR_PORT
     python sidecar.py --help              this text, and the figures; also: --version
+
+A worker in Python reports by the client in this file: `from sidecar import Sidecar`.
 
 Endpoints on SIDECAR_PORT (those marked * answer loopback and TRUSTED_CLIENTS only; each error is
 {"error": "..."}):
