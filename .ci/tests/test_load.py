@@ -239,8 +239,8 @@ class TestFuzz(Case):
         sidecar.post("/start-request")
         self.assertEqual(sidecar.post("/end-request")[1]["active_requests"], 0)
         for line in sidecar.lines:
-            self.assertRegex(
-                line, "^[-0-9]{10}T[:0-9]{8}Z (INFO (listening|signal)|WARNING request given up) ")
+            self.assertRegex(line, "^[-0-9]{10}T[:0-9]{8}Z (INFO (listening|signal)|"
+                                   "WARNING (request given up|call refused)) ")
 
     def test_pieces_cut_at_every_byte(self):
         sidecar = self.sidecar()
