@@ -607,6 +607,17 @@ class TestHeldStarts(Clockwork):
         self.pass_time(25)
         self.assertEqual(self.active, ["a", "b"])
 
+    def test_a_client_that_hung_up_says_nothing_of_a_later_request_of_its_id(self):
+        self.drain("a")
+        held = self.hold("b")
+        self.pass_time(5)
+        self.answer(held)
+        self.tracker.end("b")
+        self.start("b")
+        self.tracker.client_gone(held)
+        self.pass_time(25)
+        self.assertIn("b", self.active)
+
     def test_two_held_with_one_id_are_one_request(self):
         self.drain("a")
         first, again = self.hold("b"), self.hold("b")
