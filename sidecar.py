@@ -790,11 +790,16 @@ def other_processes():
     return [name for name in os.listdir("/proc") if name.isdigit() and name not in own]
 
 
+def stat_fields(pid):
+    """Return fields 3 and following of /proc/PID/stat (proc(5)), as texts."""
+    with open("/proc/%s/stat" % pid) as stat:
+        return stat.read().rpartition(") ")[2].split()
+
+
 def start_ticks(pid):
     """Return when a process began, in ticks since boot; None for a zombie, or one that is gone."""
     try:
-        with open("/proc/%s/stat" % pid) as stat:
-            fields = stat.read().rpartition(") ")[2].split()    # fields 3 and following of proc(5)
+        fields = stat_fields(pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in "ZX" else int(fields[19])
@@ -918,9 +923,8 @@ def process_families():
     https://prometheus.io/docs/instrumenting/writing_clientlibs/#process-metrics
     """
     try:
-        with open("/proc/self/stat") as stat, open("/proc/stat") as system, \
-                open("/proc/self/limits") as limits:
-            fields = stat.read().rpartition(") ")[2].split()    # fields 3 and following of proc(5)
+        fields = stat_fields("self")
+        with open("/proc/stat") as system, open("/proc/self/limits") as limits:
             booted = float(re.search("^btime ([0-9]+)", system.read(), re.MULTILINE).group(1))
             max_fds = re.search("^Max open files +([0-9]+)", limits.read(), re.MULTILINE).group(1)
         open_fds = len(os.listdir("/proc/self/fd"))
@@ -1894,8 +1898,7 @@ def stay_on_one_cpu():
     """
     try:
         cpus = os.sched_getaffinity(0)
-        with open("/proc/self/stat") as stat:
-            os.sched_setaffinity(0, {int(stat.read().rpartition(")")[2].split()[36])})  # field 39
+        os.sched_setaffinity(0, {int(stat_fields("self")[36])})     # field 39
         return cpus
     except (OSError, AttributeError, IndexError):
         return None

@@ -142,6 +142,20 @@ class SidecarProcess(Program):
         self.port, self.metrics_port = int(match.group(2)), int(match.group(3))
         self.url = "http://%s:%d" % (self.host, self.port)
 
+    @classmethod
+    def of(cls, program, port, metrics_port=None):
+        """Return the sidecar that a Program runs, once it answers: its log cannot be read."""
+        sidecar = cls.__new__(cls)
+        vars(sidecar).update(vars(program), host="127.0.0.1", port=port, metrics_port=metrics_port)
+
+        def answers():
+            try:
+                return sidecar.get("/health")[0] == 200
+            except OSError:
+                return False
+        until(answers, "an answer")
+        return sidecar
+
     def call(self, method, path, body=None, headers=None, port=None):
         """Ask over a connection of its own; return (status, JSON or text)."""
         connection = http.client.HTTPConnection(self.host.strip("[]"), port or self.port,
@@ -1854,16 +1868,7 @@ class TestLogPipe(Case):
         program = self._ends_with_test(Program(
             sys.executable, os.path.join(HERE, "sidecar.py"), env=settings,
             stdout=subprocess.DEVNULL, stderr=writer))
-        sidecar = SidecarProcess.__new__(SidecarProcess)
-        vars(sidecar).update(vars(program), host="127.0.0.1", port=port)
-
-        def answers():
-            try:
-                return sidecar.get("/health")[0] == 200
-            except OSError:
-                return False
-        until(answers, "an answer")
-        return sidecar
+        return SidecarProcess.of(program, port)
 
     def test_one_that_a_worker_made_non_blocking_loses_no_line(self):
         reader, writer = os.pipe()

@@ -22,6 +22,7 @@ Here:
     NAMESPACES         whether a test may make namespaces
     installed, version_of, run             a package, a command's version, a command's output
     CACHE, SCALE       where .ci/run installs peers; how much of a long test to run, up to 1
+    FILL               a program that takes what processes a user has left
     figures            memory, threads and sockets of a process
 Kafka's brokers are in test_kafka.py: KafkaCase, KafkaNode, Replies. What kustomize builds of the
 manifests is in test_manifests.py: kustomize, pick, containers, environment.
@@ -44,6 +45,24 @@ CACHE = os.path.join(HERE, ".ci", "cache")      # Git ignores it.
 PEERS = os.environ.get("SIDECAR_TEST_PEERS", "")
 # How much of the long tests is run: 1 is the number that stands in them, as in .ci/run's last run.
 SCALE = float(os.environ.get("SIDECAR_TEST_SCALE", "0.1"))
+
+
+# A program that takes what processes a user has left, until its standard input is closed.
+FILL = """
+import os, signal, sys
+children = []
+try:
+    while True:
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.pause()
+except BlockingIOError:
+    print("full", flush=True)
+sys.stdin.read()
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
 
 
 def needs(peer, found):

@@ -14,7 +14,7 @@ import time
 import unittest
 import urllib.parse
 
-from support import (HERE, NAMESPACES, PATIENCE, WORKER, Case, SidecarProcess, figures,
+from support import (FILL, HERE, NAMESPACES, PATIENCE, WORKER, Case, SidecarProcess, figures,
                      needs, until)
 
 
@@ -42,34 +42,9 @@ class TestFaults(Case):
         settings = dict(env, SIDECAR_HOST="127.0.0.1", SIDECAR_PORT=ports[0], METRICS_PORT=ports[1])
         program = self.program("sh", "-c", 'exec "$@" ' + redirection, "sh", sys.executable,
                                os.path.join(HERE, "sidecar.py"), env=settings, **dict(options))
-        sidecar = SidecarProcess.__new__(SidecarProcess)
-        vars(sidecar).update(vars(program), host="127.0.0.1", port=ports[0], metrics_port=ports[1])
-
-        def answers():
-            try:
-                return sidecar.get("/health")[0] == 200
-            except OSError:
-                return False
-        until(answers, "an answer")
-        return sidecar
+        return SidecarProcess.of(program, *ports)
 
     PYTHON = "/usr/bin/python3"         # one that every user may run
-    FILL = """
-import os, signal, sys
-children = []
-try:
-    while True:
-        children.append(os.fork())
-        if children[-1] == 0:
-            signal.pause()
-except BlockingIOError:
-    print("full", flush=True)
-sys.stdin.read()
-for child in children:
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
-
     def limited(self, *argv, most):
         """Return a program of a user that nobody else is, who may have so many threads in all."""
         user = 40000 + os.getpid()
@@ -92,7 +67,7 @@ for child in children:
                                           timeout=PATIENCE) as connection:
                 connection.sendall(b"POST /start-request HTTP/1.1\r\nHost: x\r\n\r\n")
                 self.assertIn(b" 200 ", connection.recv(65536))
-                filler = self.limited("-c", self.FILL, most=30)
+                filler = self.limited("-c", FILL, most=30)
                 filler.wait_for("full")
                 program.signal(signal.SIGTERM)
                 program.wait_for("drain started active_requests=1")

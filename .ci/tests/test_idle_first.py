@@ -21,7 +21,8 @@ import threading
 import time
 import unittest
 
-from support import (HERE, NAMESPACES, PATIENCE, Case, SidecarProcess, installed, needs, run, until)
+from support import (FILL, HERE, NAMESPACES, PATIENCE, Case, SidecarProcess, installed, needs, run,
+                     until)
 
 # Made for this file, valid until 2100. The CAs lack key identifiers, as those of some clusters do.
 CA = """-----BEGIN CERTIFICATE-----
@@ -333,23 +334,6 @@ class TestDrains(IdleFirstCase):
         sidecar.post("/reset")
         until(lambda: self.server.annotations == {ANNOTATION: "0"}, "the annotation")
 
-    # Fills what threads a user has left, until its standard input is closed.
-    FILL = """
-import os, signal, sys
-children = []
-try:
-    while True:
-        children.append(os.fork())
-        if children[-1] == 0:
-            signal.pause()
-except BlockingIOError:
-    print("full", flush=True)
-sys.stdin.read()
-for child in children:
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
-
     @needs("root, whose children may become another user", NAMESPACES)
     def test_at_the_process_limit(self):
         """Its thread was started before the first connection was taken."""
@@ -371,7 +355,7 @@ for child in children:
                                       timeout=PATIENCE) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             self.assertIn(b" 200 ", connection.recv(65536))
-            filler = self.program("/usr/bin/python3", "-c", self.FILL, preexec_fn=become, cwd="/",
+            filler = self.program("/usr/bin/python3", "-c", FILL, preexec_fn=become, cwd="/",
                                   stdin=subprocess.PIPE)
             filler.wait_for("full")
             connection.sendall(b"POST /start-request HTTP/1.1\r\nHost: x\r\n\r\n")
