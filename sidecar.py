@@ -523,15 +523,11 @@ class RequestTracker:
         """Do what has become due since the last call. look: at the pod's processes too, whose
         requests are given up once they are gone.
         """
-        oldest = self._processes.oldest_began(now) if look else None
-        if oldest and oldest > self._oldest_process + 0.01:     # which is how coarse /proc is
-            self._oldest_process = oldest
-            left = [request for request in self._active.values()
-                    if request.local and request.asked < oldest]
-            self._counts["left_behind_requests"] += len(left)
-            self._give_up(left, now)
-        self._give_up([self._active[name] for name in self._unheard
-                       if now >= self._active[name].lapses_at], now)
+        if look:
+            self._give_up_left_behind(now)
+        if self._unheard:
+            self._give_up([self._active[name] for name in self._unheard
+                           if now >= self._active[name].lapses_at], now)
         while self._active and self._is_too_old(next(iter(self._active.values())), now):
             self._give_up([next(iter(self._active.values()))], now)
         while self._early_ends:
@@ -540,6 +536,15 @@ class RequestTracker:
                 break
             self._early_ends.popitem(last=False)
         self._finish_if_due(now)
+
+    def _give_up_left_behind(self, now):
+        oldest = self._processes.oldest_began(now)
+        if oldest and oldest > self._oldest_process + 0.01:     # which is how coarse /proc is
+            self._oldest_process = oldest
+            left = [request for request in self._active.values()
+                    if request.local and request.asked < oldest]
+            self._counts["left_behind_requests"] += len(left)
+            self._give_up(left, now)
 
     def _is_too_old(self, request, now):
         held_meanwhile = self._held_until(now) - request.held_before    # its time stands still then
@@ -981,8 +986,11 @@ FULLNESS = ("", "many connections: each is closed after its answer",
 
 # trusted: may change the count. local: on this machine, as a browser may be.
 Caller = namedtuple("Caller", "address trusted local")
-# parameters: of the query. dns_name: the Host, where that is a name with a dot.
-Request = namedtuple("Request", "method path query parameters headers keep_alive dns_name caller")
+# parameters: of the query. head: what its header lines say.
+Request = namedtuple("Request", "method path query parameters head caller")
+# fields: {name: value}. dns_name: the Host, where that is a name with a dot. has_body: it may have
+# one.
+Head = namedtuple("Head", "fields keep_alive dns_name has_body")
 Answer = namedtuple("Answer", "status content_type body headers")   # headers: (name, value) pairs
 # An answer that has to wait: answer(must) returns it, or None; must: it is given now. trickles: its
 # client sees now and then that something comes.
@@ -1024,25 +1032,32 @@ def encode_head(status, content_type, length, keep_alive, headers):
 
 
 @functools.lru_cache(maxsize=MAX_SEEN)
-def parse_request(line, block, caller):
-    """Return the Request that a first line and a block of header lines make.
+def parse_request(received, caller):
+    """Return the Request whose line and header lines these bytes are.
 
     The same bytes are the same Request, parsed once. HTTPError: they are malformed.
     """
+    line, _, block = received.partition(b"\n")
+    check_length(line, received)
     method, path, query, version = parse_line(line)
-    headers, old = headers_of(block), version == "0"
-    host = headers.get("host", "")
-    match = HOST.fullmatch(host)
-    if not match or "host" not in headers and not old:          # RFC 9112, 3.2
-        raise HTTPError(400, "Host %r: expected one HOST or HOST:PORT" % host[:100])
-    name = match.group(1).strip("[].").lower()
-    dns_name = name if "." in name and not parse_address(name) else None
-    connection = headers.get("connection", "").lower()
-    keep_alive = "keep-alive" in connection if old else "close" not in connection
-    if old:
-        headers = dict(headers, expect="")                      # RFC 9110, 10.1.1
-    return Request(method, path or "/", query or "", parse_query(query or ""), headers, keep_alive,
-                   dns_name, caller)
+    parse = parse_head if len(block) <= MAX_SEEN_BYTES else parse_head.__wrapped__
+    return Request(method, path or "/", query or "", parse_query(query or ""),
+                   parse(block, version == "0"), caller)
+
+
+def check_length(line, head):
+    if len(line) > MAX_LINE_BYTES:
+        raise HTTPError(414, "the request line is longer than %d bytes" % MAX_LINE_BYTES)
+    if len(head) > MAX_HEAD_BYTES:
+        raise HTTPError(431, "the head of the request is longer than %d bytes" % MAX_HEAD_BYTES)
+
+
+def check_beginning(head):
+    """Raise HTTPError where what has come of a head is too long, or no HTTP (TLS, say)."""
+    line, newline, _ = head.partition(b"\n")
+    check_length(line, head)
+    if newline or not TOKEN.match(head[:1].decode("latin-1") or "-"):
+        parse_line(line)
 
 
 def parse_line(line):
@@ -1069,27 +1084,28 @@ def parse_query(query):
     return values
 
 
-HEADERS = {}                    # {a whole block of header lines, with its blank line: what it says}
-
-
-def headers_of(block):
-    """Return {name: value}, for reading only."""
-    headers = HEADERS.get(block)
-    if headers is not None:
-        return headers
-    headers = {}
+@functools.lru_cache(maxsize=MAX_SEEN)
+def parse_head(block, old):
+    """Return the Head of a block of header lines, of HTTP/1.0 if it is old."""
+    fields = {}
     for line in block.replace(b"\r\n", b"\n").decode("latin-1").split("\n")[:-2]:
         name, colon, value = line.partition(":")
         if not colon or not TOKEN.fullmatch(name) or CONTROL_CHARACTER.search(value):
             raise HTTPError(400, "malformed header %r: expected NAME: VALUE, no control characters"
                             % line[:100])
         name, value = name.lower(), value.strip(" \t")
-        headers[name] = headers[name] + ", " + value if name in headers else value
-    if len(block) <= MAX_SEEN_BYTES:
-        if len(HEADERS) >= MAX_SEEN:
-            HEADERS.clear()
-        HEADERS[block] = headers
-    return headers
+        fields[name] = fields[name] + ", " + value if name in fields else value
+    host = fields.get("host", "")
+    match = HOST.fullmatch(host)
+    if not match or "host" not in fields and not old:           # RFC 9112, 3.2
+        raise HTTPError(400, "Host %r: expected one HOST or HOST:PORT" % host[:100])
+    name = match.group(1).strip("[].").lower()
+    connection = fields.get("connection", "").lower()
+    if old:
+        fields["expect"] = ""                                   # RFC 9110, 10.1.1
+    return Head(fields, "keep-alive" in connection if old else "close" not in connection,
+                name if "." in name and not parse_address(name) else None,
+                "transfer-encoding" in fields or fields.get("content-length", "0") != "0")
 
 
 @functools.lru_cache(maxsize=MAX_SEEN)
@@ -1147,7 +1163,6 @@ class Connection:
         """Answer the next request; return true where another one may follow it."""
         try:
             request = self.read_request()
-            self.drop_body(request.headers)
         except HTTPError as error:              # nobody knows where the next request would begin
             self.send(error.answer)
             self.linger()
@@ -1170,27 +1185,25 @@ class Connection:
 
     def read_request(self):
         """Return the next Request. HTTPError: it is malformed, too long or too slow."""
-        while True:
-            self.received = received = self.received.lstrip(b"\r\n")
-            line, _, block = received.partition(b"\n")
-            if block in HEADERS and len(received) <= MAX_SEEN_BYTES:        # whole, and seen before
-                self.received = b""
-                return parse_request(line, block, self.caller)
-            end = HEAD_END.search(received)
-            check_head(received[:end.end()] if end else received)
-            if end:
-                break
+        if not self.received:
             self.receive()
+        end = None
+        while not end:
+            self.received = received = self.received.lstrip(b"\r\n")
+            end = HEAD_END.search(received)
+            if not end:
+                check_beginning(received)
+                self.receive()
         head, self.received = received[:end.end()], received[end.end():]
-        line, _, block = head.partition(b"\n")
         parse = parse_request if len(head) <= MAX_SEEN_BYTES else parse_request.__wrapped__
-        return parse(line, block, self.caller)
+        request = parse(head, self.caller)
+        if request.head.has_body:
+            self.drop_body(request.head.fields)
+        return request
 
-    def drop_body(self, headers):
-        """Read the body, if there is one, and forget it: the endpoints read the query only."""
-        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-        if coding is None and length in (None, "0"):
-            return
+    def drop_body(self, fields):
+        """Read the body and forget it: the endpoints read the query only."""
+        length, coding = fields.get("content-length"), fields.get("transfer-encoding")
         self.deadline = self.deadline or time.monotonic() + REQUEST_SECONDS
         if length is not None and coding is not None:
             raise HTTPError(400, "both Content-Length and Transfer-Encoding: expected one")
@@ -1200,7 +1213,7 @@ class Connection:
             raise HTTPError(413, "the body is longer than %d bytes" % MAX_BODY_BYTES)
         if coding is not None and coding.lower() != "chunked":
             raise HTTPError(501, "Transfer-Encoding %r: expected chunked" % coding[:100])
-        if not self.received and headers.get("expect", "").lower() == "100-continue":
+        if not self.received and fields.get("expect", "").lower() == "100-continue":
             self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length is not None:
             self.drop(int(length))
@@ -1296,7 +1309,7 @@ class Connection:
     def send(self, answer, request=None, begun=b""):
         """Send an answer whose beginning may have been sent. No request: the connection ends."""
         crowded = len(self.neighbours) >= CROWDED and not self.received
-        self.keeps_alive = request is not None and request.keep_alive \
+        self.keeps_alive = request is not None and request.head.keep_alive \
             and not crowded and not self.gives_way
         data = encode(answer, self.keeps_alive, request is None or request.method != "HEAD")
         data = data[data.index(b"\r\n"):] if begun else data
@@ -1343,17 +1356,6 @@ class Connection:
 def timeval(seconds):
     """Return a struct timeval of whole seconds; the bytes suit fields of 32 bits as well."""
     return struct.pack("qq", max(math.ceil(seconds), 1), 0)
-
-
-def check_head(head):
-    """Raise HTTPError where a head, or what has come of it, is too long, or no HTTP (TLS, say)."""
-    line, newline, _ = head.partition(b"\n")
-    if len(line) > MAX_LINE_BYTES:
-        raise HTTPError(414, "the request line is longer than %d bytes" % MAX_LINE_BYTES)
-    if len(head) > MAX_HEAD_BYTES:
-        raise HTTPError(431, "the head of the request is longer than %d bytes" % MAX_HEAD_BYTES)
-    if newline or not TOKEN.match(head[:1].decode("latin-1") or "-"):
-        parse_line(line)
 
 
 class ConnectionThread(threading.Thread):
@@ -1603,18 +1605,18 @@ class Api:
         if not request.caller.trusted:
             return "%s may not change the count: expected loopback, or an address in " \
                 "TRUSTED_CLIENTS" % request.caller.address
-        origin = request.headers.get("origin")                  # only browsers send it
+        origin = request.head.fields.get("origin")                  # only browsers send it
         host = origin and re.sub(r"^https?://|:[0-9]*$", "", origin).strip("[]")
         if origin is not None and host != "localhost" and not self.trusts(host) \
-                or request.headers.get("sec-fetch-site") == "cross-site":
+                or request.head.fields.get("sec-fetch-site") == "cross-site":
             return "a page of another site may not change the count"
-        if request.dns_name not in (None, self.own_name) and request.caller.local:
+        if request.head.dns_name not in (None, self.own_name) and request.caller.local:
             return "a page of another site may have pointed %s here: expected a Host that is an " \
-                "address or has no dot" % request.dns_name
+                "address or has no dot" % request.head.dns_name
         return None
 
     def front(self, request):
-        if prefers(request.headers.get("accept", ""), "text/html"):
+        if prefers(request.head.fields.get("accept", ""), "text/html"):
             return Answer(200, "text/html; charset=utf-8", PAGE,
                           (("Content-Security-Policy", content_security_policy()),))
         return Answer(200, "text/plain; charset=utf-8", __doc__, ())
@@ -1678,7 +1680,7 @@ class Api:
         return Held(answer, lambda: None, trickles=False)
 
     def prometheus(self, request):
-        openmetrics = prefers(request.headers.get("accept", ""), "application/openmetrics-text")
+        openmetrics = prefers(request.head.fields.get("accept", ""), "application/openmetrics-text")
         form = "application/openmetrics-text; version=1.0.0" if openmetrics \
             else "text/plain; version=0.0.4"
         text = render_prometheus(self.tracker.snapshot(), openmetrics)

@@ -1645,7 +1645,7 @@ class TestNeverFooled(Case):
         caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
         for name, expected in (("worker.example", 200), ("other.example", 403)):
             api = sidecar_module.Api(sidecar_module.RequestTracker(), [], own_name="worker.example")
-            request = parse(b"POST /reset HTTP/1.1", b"Host: %s\r\n\r\n" % name.encode(), caller)
+            request = parse(b"POST /reset HTTP/1.1\nHost: %s\n\n" % name.encode(), caller)
             try:
                 status = api.routes["POST", "/reset"](request).status
             except sidecar_module.HTTPError as error:
@@ -1729,17 +1729,29 @@ class TestNeverFooled(Case):
             self.assertEqual(answer.count(b"HTTP/1.1 200 OK"), data.count(b"POST") + 1)
         self.assertEqual([found["request_id"] for found in sidecar.get("/requests")[1]], ["a", "b"])
         caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
-        self.assertIs(sidecar_module.parse_request(b"GET / HTTP/1.0\r", b"\r\n", caller),
-                      sidecar_module.parse_request(b"GET / HTTP/1.0\r", b"\r\n", caller))
+        self.assertIs(sidecar_module.parse_request(b"GET / HTTP/1.0\r\n\r\n", caller),
+                      sidecar_module.parse_request(b"GET / HTTP/1.0\r\n\r\n", caller))
 
     def test_what_is_remembered_of_heads_is_bounded(self):
-        sidecar_module.HEADERS.clear()
-        for number in range(3 * sidecar_module.MAX_SEEN):
-            sidecar_module.headers_of(b"A: %d\r\n\r\n" % number)
-            sidecar_module.headers_of(b"A: %d%s\r\n\r\n" % (number, b"x" * 1024))
-        self.assertLessEqual(len(sidecar_module.HEADERS), sidecar_module.MAX_SEEN)
-        longest = max(map(len, sidecar_module.HEADERS))
-        self.assertLessEqual(longest, sidecar_module.MAX_SEEN_BYTES)
+        """Read heads of which no two are equal, and then the first of them again."""
+        few, many = 5, 3 * sidecar_module.MAX_SEEN
+        sizes = [(few, b"x" * sidecar_module.MAX_SEEN_BYTES, 0), (few, b"", few),
+                 (many, b"", sidecar_module.MAX_SEEN)]
+        parsers = sidecar_module.parse_request, sidecar_module.parse_head
+        api = sidecar_module.Api(sidecar_module.RequestTracker(), [])
+        server = types.SimpleNamespace(connections=({}, {}), answer=lambda request: request)
+        for count, more, remembered in sizes:
+            for parser in parsers:
+                parser.cache_clear()
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                connection = sidecar_module.Connection(server, ours, api.caller_of("::1", "::1"))
+                for number in [*range(count), 0]:
+                    theirs.sendall(b"GET / HTTP/1.1\nHost: a\nA: %d%s\n\n" % (number, more))
+                    value = connection.read_request().head.fields["a"]
+                    self.assertEqual(value, "%d%s" % (number, more.decode()))
+            for parser in parsers:
+                self.assertEqual(parser.cache_info().currsize, remembered)
 
     def test_the_time_of_a_request_is_not_that_of_its_answer(self):
         """A request that took its time to arrive, and a client that is slow to read."""

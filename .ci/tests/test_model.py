@@ -282,9 +282,9 @@ class TestModel(unittest.TestCase):
 
     def call(self, path, query=""):
         """Return (status, JSON) of a POST."""
-        line = ("POST %s?%s HTTP/1.0" % (path, query)).encode()
+        head = ("POST %s?%s HTTP/1.0\n\n" % (path, query)).encode()
         caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
-        request = sidecar_module.parse_request(line, b"\r\n", caller)
+        request = sidecar_module.parse_request(head, caller)
         try:
             answer = self.routes["POST", path](request)
         except sidecar_module.HTTPError as error:
