@@ -3051,6 +3051,12 @@ class TestRun(Case):
                 for cpu in os.sched_getaffinity(int(thread))}
         self.assertEqual(len(cpus), 1)
         self.assertEqual(os.sched_getaffinity(child_of(pid)), os.sched_getaffinity(0))
+        if len(os.sched_getaffinity(0)) > 1:
+            code = "import sys; sys._is_gil_enabled = lambda: %r; import os, sidecar; " \
+                "sidecar.stay_on_one_cpu(); sys.exit(len(os.sched_getaffinity(0)))"
+            for has_lock, count in (True, 1), (False, len(os.sched_getaffinity(0))):
+                ended = subprocess.run([sys.executable, "-c", code % has_lock], cwd=HERE)
+                self.assertEqual(ended.returncode, count)
 
     def test_sigint_does_the_same_and_is_passed_on_as_such(self):
         sidecar = self.worker()

@@ -38,6 +38,7 @@ VENV_PYTHON = os.path.join(CACHE, "venv", "bin", "python")
 GO_PEER = os.path.join(CACHE, "go-peer")
 
 START, END = "POST /start-request", "POST /end-request?duration=1.2s"
+START_ID, END_ID = START + "?id=ID", END + "&id=ID"
 PATIENCE = 60                   # Seconds after which a server that does not answer has failed.
 BURST_PATIENCE = 10             # Seconds after which a connect of a burst has failed.
 
@@ -176,13 +177,16 @@ def descriptors(pid):
 
 # ---- Load ----------------------------------------------------------------------------------------
 
-def load(port, connections, seconds, calls=(START, END), close=False):
+def load(port, connections, seconds, calls=(START, END), close=False, threads=None):
     """Let wrk call in turn what `calls` says; return what it measured.
 
-    That is {"turns_a_second", "p50_us", "p99_us", "failed", ...}.
+    That is {"turns_a_second", "p50_us", "p99_us", "failed", ...}. The times are those of a turn
+    only where each connection has a thread, as without a number of them.
     """
-    argv = ["wrk", "-t%d" % connections, "-c%d" % connections, "-d%ds" % seconds, "--timeout",
-            "10s", "-s", os.path.join(PEERS, "load.lua"), "http://127.0.0.1:%d" % port, "--"]
+    threads = threads or connections
+    lag = 1000 if threads < connections else 0
+    argv = ["wrk", "-t%d" % threads, "-c%d" % connections, "-d%ds" % seconds, "--timeout", "10s",
+            "-s", os.path.join(PEERS, "load.lua"), "http://127.0.0.1:%d" % port, "--", str(lag)]
     output = subprocess.run(argv + ["close"] * close + list(calls), stdout=subprocess.PIPE,
                             timeout=seconds + PATIENCE, check=True).stdout
     result = json.loads(output.decode().splitlines()[-1])
@@ -245,10 +249,29 @@ def rows_of_pairs(label, results):
     return rows
 
 
+def calls(columns, size):
+    """Calls a second by one thread of wrk for all connections, which leaves the server more CPU."""
+    rows = []
+    with ExitStack() as stack:
+        servers = serve(stack, columns)
+        for connections in 1, 16, 64:
+            for label, texts in ("", (START, END)), (", with ids", (START_ID, END_ID)):
+                results = {column: [] for column in columns}
+                for _ in range(size.rounds):
+                    for column, server in servers.items():
+                        result = load(server.port, connections, size.seconds, texts, threads=1)
+                        assert not result["failed"], (column, connections, texts, result)
+                        results[column].append(result["requests"] / result["seconds"])
+                rows.append(("Calls a second, one thread of wrk: keep-alive, %d connection%s%s"
+                             % (connections, "s" * (connections > 1), label),
+                             {c: whole(statistics.median(rates)) for c, rates in results.items()}))
+    return rows
+
+
 TRACK = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from echo_bot import Sidecar
+from sidecar import Sidecar
 sidecar = Sidecar(sys.argv[2])
 waited_us = []
 for _ in range(int(sys.argv[3])):
@@ -490,8 +513,9 @@ def percentile(values, part):
     return sorted(values)[min(int(len(values) * part), len(values) - 1)]
 
 
-PARTS = {"pairs": pairs, "track": track, "cold-start": cold_start, "memory": memory, "idle": idle,
-         "last-end": last_end, "burst": burst, "many-active": many_active, "scrape": scrape}
+PARTS = {"pairs": pairs, "calls": calls, "track": track, "cold-start": cold_start, "memory": memory,
+         "idle": idle, "last-end": last_end, "burst": burst, "many-active": many_active,
+         "scrape": scrape}
 
 
 # ---- Soak ----------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 -- The load, for wrk: each connection says what a worker says, POST /start-request, then
 -- POST /end-request, and so on.
 --
--- wrk does not tell a script which connection a request is for, so bench.py gives each connection a
--- thread: a thread has a Lua state of its own. The time from one start to the next on a connection
--- is the time that a pair takes, with both answers read, and with the connects where each call has
--- a connection of its own.
+-- wrk does not tell a script which connection a request is for, so where bench.py wants to know how
+-- long a pair takes it gives each connection a thread: a thread has a Lua state of its own. The time
+-- from one start to the next is then the time that a pair takes, with both answers read, and with
+-- the connects where each call has a connection of its own.
 --
--- Arguments: what to ask for in turn, as "POST /start-request"; before them "close", for a new
--- connection each time. The last line of the output is JSON.
+-- Where a call says ID, each pair has an id of its own. An end is for the pair that began LAG pairs
+-- before: with 0 on one connection, else with so many that its start has surely been answered.
+--
+-- Arguments: LAG; then what to ask for in turn, as "POST /start-request"; before those "close", for a
+-- new connection each time. The last line of the output is JSON.
 local ffi = require("ffi")
 ffi.cdef("typedef struct { long seconds, nanoseconds; } Time;" ..
          "int clock_gettime(int clock, Time *time);")
@@ -24,7 +27,8 @@ function setup(thread)
 end
 
 function init(arguments)
-    texts, turn, last, buckets = {}, 0, nil, {}
+    texts, turn, pair, last, buckets = {}, 0, 0, nil, {}
+    lag = tonumber(table.remove(arguments, 1))
     -- As Go's client: more headers than Python's http.client has, fewer than Python's requests has.
     local headers = {["User-Agent"] = "Go-http-client/1.1", ["Accept-Encoding"] = "gzip"}
     for _, argument in ipairs(arguments) do
@@ -51,9 +55,16 @@ function request()
         end
         last = now
     end
-    local text = texts[turn + 1]
-    turn = (turn + 1) % #texts
-    return text
+    local text, id = texts[turn + 1], pair
+    if turn == 0 then
+        pair = pair + 1
+    else
+        id = pair - 1 - lag
+    end
+    if pair > lag then
+        turn = (turn + 1) % #texts
+    end
+    return (text:gsub("ID", id))
 end
 
 function done(summary, latency, ignored)
