@@ -513,6 +513,36 @@ for method, path, content_type, body in json.loads(sys.argv[1]):
 """
 
 
+def account_calls(own, other):
+    """Return the calls that the policy allows to the account of the pod `own`, and some of those
+    that it refuses: [(method, path, kind of body, body), ...].
+    """
+    path = "/api/v1/namespaces/%s/pods/" % SPACE
+
+    def patch(metadata, pod=own, spec=None, kind="merge-patch+json", sub=""):
+        body = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
+        return "PATCH", path + pod + sub, kind, dict(body, spec=spec) if spec else body
+
+    def cost(value):
+        return {"annotations": {ANNOTATION: value}}
+    image = {"containers": [{"name": "bot", "image": "other"}]}
+    strategic = "strategic-merge-patch+json"
+    allowed = [patch(cost("1")), patch(cost("0"), kind=strategic)]
+    return allowed, [
+        patch(cost("1"), pod=other), patch(cost("2")), patch(cost("-1")), patch(cost(None)),
+        patch({"annotations": {ANNOTATION: "1", "other": "1"}}),
+        patch({"annotations": {"kubectl.kubernetes.io/default-container": "sidecar"}}),
+        patch({"annotations": {"kubectl.kubernetes.io/default-container": None}}),
+        patch({"annotations": None}), patch({"labels": {"other": "1"}}),
+        patch({"labels": {"app.kubernetes.io/name": None}}),
+        patch({"finalizers": ["example.com/stay"]}), patch({"ownerReferences": None}),
+        patch({}, spec={"activeDeadlineSeconds": 1}), patch({}, spec=image, kind=strategic),
+        patch(cost("1"), sub="/status"), patch(cost("1"), sub="/ephemeralcontainers"),
+        patch({"name": "new"}, pod="new", kind="apply-patch+yaml", sub="?fieldManager=other",
+              spec=image),
+        ("GET", path + own, "json", None), ("DELETE", path + own, "json", None)]
+
+
 class OnCluster:
     """Tests of three pods of the manifests whose worker does what the test says."""
 
@@ -609,35 +639,8 @@ class OnCluster:
     def test_the_account_can_do_nothing_else(self):
         self.apply(["idle-first"])
         pods, own = self.with_youngest()
-        other = min(pods - {own})
         self.wait_for_cost(own, 0)
-
-        def patch(metadata, pod=own, spec=None, kind="merge-patch+json", sub=""):
-            body = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
-            if spec:
-                body["spec"] = spec
-            return "PATCH", "/api/v1/namespaces/%s/pods/%s%s" % (SPACE, pod, sub), kind, body
-
-        def cost(value):
-            return {"annotations": {ANNOTATION: value}}
-        path = "/api/v1/namespaces/%s/pods/%s" % (SPACE, own)
-        image = {"containers": [{"name": "bot", "image": "other"}]}
-        allowed = [patch(cost("1")), patch(cost("0"), kind="strategic-merge-patch+json")]
-        refused = [
-            patch(cost("1"), pod=other), patch(cost("2")), patch(cost("-1")), patch(cost(None)),
-            patch({"annotations": {ANNOTATION: "1", "other": "1"}}),
-            patch({"annotations": {"kubectl.kubernetes.io/default-container": "sidecar"}}),
-            patch({"annotations": {"kubectl.kubernetes.io/default-container": None}}),
-            patch({"annotations": None}), patch({"labels": {"other": "1"}}),
-            patch({"labels": {"app.kubernetes.io/name": None}}),
-            patch({"finalizers": ["example.com/stay"]}), patch({"ownerReferences": None}),
-            patch({}, spec={"activeDeadlineSeconds": 1}),
-            patch({}, kind="strategic-merge-patch+json",
-                  spec=image),
-            patch(cost("1"), sub="/status"), patch(cost("1"), sub="/ephemeralcontainers"),
-            patch({"name": "new"}, pod="new", kind="apply-patch+yaml", sub="?fieldManager=other",
-                  spec=image),
-            ("GET", path, "json", None), ("DELETE", path, "json", None)]
+        allowed, refused = account_calls(own, other=min(pods - {own}))
         told = self.kubectl("exec", own, "-c", "sidecar", "--", "python3", "-c", ATTEMPTS,
                             json.dumps(allowed + refused)).splitlines()
         for (method, path, _, body), line in zip(allowed + refused, told):

@@ -687,15 +687,11 @@ class TestLifecycleOnKafka(KafkaCase):
         self.addCleanup(broker.close)
         return pod.start()
 
-    def test_scaled_0_3_1_0_1_in_the_stream_each_update_is_answered_once(self):
-        self.topics(incoming=6, outgoing=3)
-        objects = kustomize()
-        settings = pick(objects, "ConfigMap")["data"]
-        settings.update(BOT_ID="b1", KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming,
-                        KAFKA_OUTGOING_TOPIC=self.outgoing, KAFKA_CONSUMER_GROUP=self.group)
+    def stream(self):
+        """Write updates, 100 a second at most; return the list of them, and what ends it."""
         sent, over = [], threading.Event()
 
-        def stream():
+        def write():
             producer = self.producer()
             while not over.wait(0.01):
                 record, = self.updates(1, first=len(sent))
@@ -703,9 +699,22 @@ class TestLifecycleOnKafka(KafkaCase):
                 sent.append(record)
             producer.flush(PATIENCE)
 
-        streaming = threading.Thread(target=stream, daemon=True)
-        streaming.start()
+        def end():
+            over.set()
+            writing.join()
+
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
         self.addCleanup(over.set)
+        return sent, end
+
+    def test_scaled_0_3_1_0_1_in_the_stream_each_update_is_answered_once(self):
+        self.topics(incoming=6, outgoing=3)
+        objects = kustomize()
+        settings = pick(objects, "ConfigMap")["data"]
+        settings.update(BOT_ID="b1", KAFKA_BROKERS=self.brokers, KAFKA_INCOMING_TOPIC=self.incoming,
+                        KAFKA_OUTGOING_TOPIC=self.outgoing, KAFKA_CONSUMER_GROUP=self.group)
+        sent, end_stream = self.stream()
         replies = Replies(self)
         pods = in_threads(3, lambda number: self.pod(objects))
         for removed in pods[:2], pods[2:]:
@@ -713,8 +722,7 @@ class TestLifecycleOnKafka(KafkaCase):
             for statuses in in_threads(len(removed), lambda number: removed[number].delete()):
                 self.assertEqual(statuses, {"sidecar": 0, "bot": 0})
         self.pod(objects)
-        over.set()
-        streaming.join()
+        end_stream()
         replies.read(len(sent)).rest()
         self.assertEqual(replies.texts,
                          collections.Counter("Echo: m%d" % number for number in range(len(sent))))

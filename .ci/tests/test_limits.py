@@ -213,15 +213,8 @@ await Promise.all(Array.from({ length: 1000 }, () => track(() => sleep(2000))));
         sidecar.wait_for("WARNING many connections")
 
 
-@needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
-class TestGo(Limits):
-    SECONDS = 120
-
-    def test_a_client_that_never_closes_an_answers_body(self):
-        """15 messages a second; where less than all is run, so many more of them a second."""
-        folder = self.folder()
-        with open(os.path.join(folder, "main.go"), "w") as file:
-            file.write("""package main
+# A worker in Go: so many messages, with a pause after each.
+UNREAD = """package main
 
 import (
 	"fmt"
@@ -246,7 +239,18 @@ func main() {
 	}
 	fmt.Println("failed", failed)
 }
-""")
+"""
+
+
+@needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
+class TestGo(Limits):
+    SECONDS = 120
+
+    def test_a_client_that_never_closes_an_answers_body(self):
+        """15 messages a second; where less than all is run, so many more of them a second."""
+        folder = self.folder()
+        with open(os.path.join(folder, "main.go"), "w") as file:
+            file.write(UNREAD)
         sidecar = self.sidecar()
         seconds, messages = max(self.SECONDS * SCALE, 12), 15 * self.SECONDS
         printed = run("go", "run", os.path.join(folder, "main.go"), messages,
