@@ -23,9 +23,9 @@ from test_kafka import envelope     # noqa: E402
 
 # pollingInterval and cooldownPeriod, s; lagThreshold, updates; the HPA's stabilizationWindowSeconds
 Setting = collections.namedtuple("Setting", "polling cooldown lag window_up window_down")
-SETTINGS = [Setting(10, 120, 5, 0, 120), Setting(10, 600, 10, 30, 120),
-            Setting(5, 600, 10, 30, 120), Setting(5, 900, 10, 30, 120),
-            Setting(2, 300, 10, 30, 120)]
+SETTINGS = [Setting(10, 120, 5, 0, 120), Setting(10, 600, 16, 30, 120),
+            Setting(5, 300, 16, 30, 120), Setting(5, 600, 16, 30, 120),
+            Setting(5, 900, 16, 30, 120)]
 PERIODS = [5, 0.25]         # s between two updates
 APART_SECONDS = 5           # between the starts of two streams: cold starts slow each other
 

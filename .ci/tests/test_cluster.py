@@ -567,7 +567,7 @@ class TestKafka(ClusterCase, KafkaCase):
         self.report("five pods after %.1f s" % (time.monotonic() - began))
         self.all_answered_once()
         began = time.monotonic()
-        self.wait_for_no_pods(900)
+        self.wait_for_no_pods(1200)
         self.report("no pod after %.1f s" % (time.monotonic() - began))
         self.all_answered_once()
 
