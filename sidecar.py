@@ -1896,7 +1896,7 @@ def stay_on_one_cpu():
 
     One interpreter runs one thread at a time. Spread over CPUs, the threads of busy connections
     wake each other for its lock at every system call: 16 of them use three times the CPU time, and
-    get through two thirds of the requests. A free-threaded Python has no such lock.
+    get through less than half of the requests. A free-threaded Python has no such lock.
     """
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
