@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measure the sidecar beside what a user would pick instead, and print a table in Markdown.
 
-    python .ci/bench.py                      every part; about half an hour
+    python .ci/bench.py                      every part; about half an hour. It also puts the table
+                                             into .ci/BENCHMARK.md, and its plot beside that
     python .ci/bench.py --quick              the same in two minutes, too rough to be shown
     python .ci/bench.py pairs idle           some parts
     python .ci/bench.py --only sidecar,go    some servers
@@ -598,16 +599,74 @@ def machine():
         os.cpu_count(), model, platform.release().split("-")[0], ", ".join(versions), wrk)
 
 
-def print_table(columns, rows):
+HEAD = "| figure |"             # So the table begins.
+
+
+def table(columns, rows):
     lines = [["figure"] + list(columns), ["---"] + ["---:"] * len(columns)]
     lines += [[label] + [cells.get(column, "") for column in columns] for label, cells in rows]
-    for line in lines:
-        print("| %s |" % " | ".join(line))
+    return "".join("| %s |\n" % " | ".join(line) for line in lines)
+
+
+def publish(text, folder=HERE):
+    """Put a table, and what follows it, into BENCHMARK.md, and its plot beside that."""
+    path = os.path.join(folder, "BENCHMARK.md")
+    with open(path, encoding="utf-8") as file:
+        before = file.read().partition(HEAD)[0]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(before + text)
+    with open(os.path.join(folder, "pictures", "pairs.svg"), "w", encoding="utf-8") as file:
+        file.write(plot(plotted(text)))
+
+
+# ---- The plot: pairs a second with keep-alive, a bar for each server -----------------------------
+
+# An image knows only the browser's colour scheme, not the page's: so it brings a ground of its own.
+STYLE = """
+  text { font: 13px sans-serif; fill: #333 }
+  .ground { fill: #fff } .title { font-weight: bold } .other { fill: #9ab } .ours { fill: #07a }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #ddd } .ground { fill: #161b22 } .other { fill: #567 } .ours { fill: #4bd }
+  }"""
+BAR, LEFT, WIDTH = 20, 130, 760     # Pixels: of a bar and its gap, before the bars, of all.
+
+
+def plotted(text):
+    """Return [(title, [(server, pairs a second), ...]), ...] of a table."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    servers = rows[0][1:]
+    return [(title, [(server, int(cell.replace(",", ""))) for server, cell in zip(servers, cells)])
+            for title, *cells in rows if title.startswith("Pairs a second: keep-alive")]
+
+
+def plot(groups):
+    """Return the SVG of `plotted(...)`, bars to one scale."""
+    longest = max(value for _, bars in groups for _, value in bars)
+    lines, y = [], 8
+    for title, bars in groups:
+        y += BAR
+        lines.append('<text class="title" x="8" y="%d">%s</text>' % (y, title))
+        for server, value in bars:
+            y += BAR
+            width = value / longest * (WIDTH - LEFT - 60)
+            kind = "ours" if server == SIDECAR else "other"
+            lines += ['<text x="%d" y="%d" text-anchor="end">%s</text>'
+                      % (LEFT - 8, y, server.strip("`")),
+                      '<rect class="%s" x="%d" y="%d" width="%.1f" height="%d"/>'
+                      % (kind, LEFT, y - 12, width, BAR - 5),
+                      '<text x="%.1f" y="%d">%s</text>' % (LEFT + width + 6, y, whole(value))]
+        y += 12
+    head = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d">'
+            % (WIDTH, y, WIDTH, y))
+    return "\n".join([head, "<style>%s\n</style>" % STYLE,
+                      '<rect class="ground" width="100%" height="100%" rx="6"/>']
+                     + lines + ["</svg>", ""])
 
 
 def read_arguments():
     parser = argparse.ArgumentParser(
-        description="Measure the sidecar and its peers; print a table in Markdown.")
+        description="Measure the sidecar and its peers; print a table in Markdown. "
+                    "A whole run also puts it into .ci/BENCHMARK.md, with a plot.")
     parser.add_argument("parts", nargs="*", metavar="PART",
                         help="%s, or soak (default: all but soak)" % ", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="short and rough")
@@ -639,10 +698,12 @@ def main():
     for name in arguments.parts or PARTS:
         sys.stderr.write("bench: %s\n" % name)
         rows += PARTS[name](columns, QUICK if arguments.quick else FULL)
-    print_table(columns, rows)
-    print("\n" + machine())
+    text = "%s\n%s\n" % (table(columns, rows), machine())
+    print(text, end="")
     if missing:
         print("Left out, not installed: %s." % "; ".join(missing))
+    if not (arguments.parts or arguments.quick or arguments.only or missing):
+        publish(text)
     return 0
 
 
