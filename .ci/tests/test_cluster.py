@@ -624,12 +624,21 @@ class TestPodSecurity(ClusterCase):
 
 @needs_cluster
 class TestPatch(ClusterCase):
-    def test_existing_deployment(self):
-        """README's patch brings the sidecar to a Deployment that knew nothing of it."""
-        import yaml
+    """README's patches, for a Deployment that knew nothing of the sidecar."""
+
+    def test_two_containers(self):
         text, = [block for block in readme_blocks("yaml")
                  if "preStop" in block and "initContainers" in block]
         self.assertLessEqual(len(text.splitlines()), 18)
+        self.patched(text)
+
+    def test_one_container(self):
+        text, = [block for block in readme_blocks("yaml") if "run, --" in block]
+        self.patched(text.replace("/app/worker.py", "/pods/worker.py"))
+
+    def patched(self, text):
+        """Patch such a Deployment, and delete its pods at work."""
+        import yaml
         patch = yaml.safe_load(text)["spec"]["template"]["spec"]
         objects = with_worker(build(), "python", 4, 2)
         # The patch says nothing of privileges, as the Deployment that it is for may not either.

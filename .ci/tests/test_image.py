@@ -5,12 +5,26 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import unittest
 
-from support import HERE, PATIENCE, Case, needs, run, until
+from support import HERE, PATIENCE, Case, needs, readme_blocks, run, until
 
 BASE = "gcr.io/distroless/python3-debian12:nonroot"
 PODMAN = shutil.which("podman") and not subprocess.call(["podman", "image", "exists", BASE])
+
+# A program that stands where README's Dockerfiles expect the worker, and knows nothing of a drain.
+WORKER = """#!/usr/bin/python3
+import itertools, sys, time
+sys.path.insert(0, "/app")
+from sidecar import Sidecar
+
+for number in itertools.count():
+    with Sidecar().track():
+        print("took", number, flush=True)
+        time.sleep(1)
+        print("did", number, flush=True)
+"""
 
 
 @needs("podman, or the image %s," % BASE, PODMAN)
@@ -149,6 +163,41 @@ class TestImage(Case):
         name = self.sidecar_container("/app/sidecar.py", image="echo-bot")
         run("podman", "stop", "--time", PATIENCE, name)
         self.assertEqual(self.inspect(name, ".State.ExitCode"), 0)
+
+    def built(self, name, folder, dockerfile):
+        """Build an image of the files in a folder, which goes with the test; return its name."""
+        with open(os.path.join(folder, "Dockerfile"), "w") as file:
+            file.write(dockerfile)
+        self.images[name] = "localhost/%s:test-%d" % (name, os.getpid())
+        self.addCleanup(lambda: run("podman", "rmi", "--force", self.images.pop(name)))
+        run("podman", "build", "--pull=never", "--format", "docker", "--tag", self.images[name],
+            folder)
+        return self.images[name]
+
+    def test_readmes_dockerfiles(self):
+        """What each makes drains before its worker is stopped. The system's own Python is there."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        with open(os.path.join(folder.name, "worker"), "w") as file:
+            file.write(WORKER)
+        os.chmod(file.name, 0o755)
+        shutil.copy(os.path.join(HERE, "sidecar.py"), folder.name)
+        worker = self.built("worker", folder.name, "FROM %s\nCOPY worker /worker\n" % BASE)
+        for number, text in enumerate(readme_blocks("dockerfile")):
+            text = text.replace("worker:1.0.0", worker)
+            text = re.sub(r"\bsidecar:[\d.]+", self.images["sidecar"], text)
+            text = re.sub("^RUN .*install.* python3 .*\n", "", text, flags=re.MULTILINE)
+            self.assertNotIn("RUN", text)
+            with self.subTest(dockerfile=text):
+                self.built("of-readme-%d" % number, folder.name, text)
+                name = self.container(image="of-readme-%d" % number)
+                until(lambda: "took 1" in self.logs(name))
+                run("podman", "stop", "--time", PATIENCE, name)
+                log = self.logs(name)
+                self.assertEqual(re.findall("took (.*)", log), re.findall("did (.*)", log))
+                self.assertIn("drain completed", log)
+                self.assertEqual(self.inspect(name, ".State.ExitCode"), 143)
+        self.assertEqual(number, 1)
 
     def test_readmes_docker_lines(self):
         """Each of them, in their order, with podman for docker and names of the test's own."""
