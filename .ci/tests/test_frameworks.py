@@ -20,8 +20,11 @@ import unittest
 
 from support import CACHE, HERE, PATIENCE, Case, child_of, needs, readme_blocks, until, version_of
 from test_client import COUNTED, SILENCE, ScriptedServer, answer
+from test_clients import patient
 from test_kafka import KafkaCase, KafkaNode, needs_kafka
 from test_telegram import BotAPI, BotAPIHandler
+
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
 
 FRAMEWORKS = os.path.join(CACHE, "frameworks")
 PYTHON = os.path.join(FRAMEWORKS, "bin", "python")
@@ -29,7 +32,8 @@ WORKERS = os.path.join(HERE, ".ci", "tests", "workers")
 RUST_WORKER = os.path.join(CACHE, "rust", "debug", "worker")
 HUNG_SECONDS = 5.0
 WORK_SECONDS = 0.2      # of a message
-GRACE_SECONDS = 60
+# The quiet period is that of the manifests.
+SETTINGS = {"GRACE_PERIOD_SECONDS": 60, "QUIET_PERIOD_SECONDS": 0.5}
 UNAVAILABLE = answer({"error": "too many connections"}, "503 Service Unavailable")
 
 # What every worker in Python begins with: its work, and what a recipe takes for granted.
@@ -37,6 +41,8 @@ PRELUDE = """
 import asyncio, os, signal, sys, threading, time
 sys.path.insert(0, %r)
 from sidecar import Sidecar
+
+Sidecar.CALL_SECONDS = 2.0      # a machine that is busy is no sidecar that hangs
 
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
@@ -97,7 +103,7 @@ var _ sync.WaitGroup
 func main() {
 	seconds, _ := strconv.ParseFloat(os.Getenv("WORK_SECONDS"), 64)
 	bot, err := tele.NewBot(tele.Settings{URL: os.Getenv("API"), Token: os.Getenv("TOKEN"),
-		Poller: &tele.LongPoller{Timeout: time.Second}})
+		Synchronous: %s, Poller: &tele.LongPoller{Timeout: time.Second}})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -150,7 +156,7 @@ class Frameworks:
         """Return the command of a worker beside README's client for Node.js."""
         os.symlink(os.path.join(FRAMEWORKS, "node_modules"),
                    os.path.join(self.folder, "node_modules"))
-        self.save("sidecar.mjs", readme_blocks("js")[0])
+        self.save("sidecar.mjs", patient(readme_blocks("js")[0]))
         return "node", self.save("worker.mjs", """
 const seconds = Number(process.env.WORK_SECONDS ?? %s);
 
@@ -170,9 +176,45 @@ async function work(number) {
         self.assertEqual(done.returncode, 0, done.stdout.decode())
         return os.path.join(self.folder, "worker")
 
+    def node_client(self, url, messages, seconds=0, blocked=0):
+        """Start a worker with README's client for Node.js that ends after so many messages."""
+        command = self.node_worker("""
+import { track } from "./sidecar.mjs";
+
+for (let number = 0; number < %d; number++) {
+  await track(async () => {
+    console.log("took", number);
+    await new Promise((resolve) => setTimeout(resolve, %d));
+    for (const over = Date.now() + %d; Date.now() < over; ); // blocks the loop
+    console.log("did", number);
+  });
+}
+""" % (messages, 1000 * seconds, 1000 * blocked))
+        return self.program(*command, env={"SIDECAR_URL": url})
+
+    def go_client(self, url, messages, seconds=0):
+        """The same in Go."""
+        self.save("go.mod", "module worker\n\ngo 1.19\n")
+        self.save("sidecar.go", patient(readme_blocks("go")[0]))
+        self.save("main.go", """package main
+
+func main() {
+	for number := 0; number < %d; number++ {
+		track(func() error {
+			fmt.Println("took", number)
+			time.Sleep(%d * time.Millisecond)
+			fmt.Println("did", number)
+			return nil
+		})
+	}
+}
+""".replace("main\n", "main\n\nimport (\n\t\"fmt\"\n\t\"time\"\n)\n", 1)
+                  % (messages, 1000 * seconds))
+        return self.program(self.go_worker(), env={"SIDECAR_URL": url})
+
     def under_run(self, *command, **env):
         sidecar = self.sidecar("run", "--", "env", "--chdir=" + self.folder, *command,
-                               **dict(dict(GRACE_PERIOD_SECONDS=GRACE_SECONDS), **env))
+                               **dict(SETTINGS, **env))
         self.addCleanup(self.end_group, child_of(sidecar.process.pid))
         return sidecar
 
@@ -220,11 +262,18 @@ async function work(number) {
     # unless it is so far by then that it has put its handlers away.
     STOPPED_BY_ITSELF = 0, 128 + signal.SIGTERM
 
-    def drain(self, sidecar, statuses=STOPPED_BY_ITSELF):
-        """SIGTERM: what was taken is done, and the worker ends; return what it did."""
+    def drain(self, sidecar, ended_by=None):
+        """SIGTERM: what was taken is done, and the worker ends; return what it did.
+
+        ended_by: the signal that ends a worker which does not stop by itself.
+        """
         sidecar.signal(signal.SIGTERM)
-        self.assertIn(sidecar.wait(), statuses, sidecar.log)
-        sidecar.wait_for("drain completed active_requests=0")
+        if ended_by:
+            self.assertEqual(sidecar.wait(), 128 + ended_by, sidecar.log)
+            sidecar.wait_for("drain completed active_requests=0")
+        else:
+            self.assertIn(sidecar.wait(), self.STOPPED_BY_ITSELF, sidecar.log)
+            self.assertNotRegex(sidecar.log, "drain timed out|request given up")
         self.assertEqual(sorted(set(self.numbers(sidecar, "took"))), sorted(self.did(sidecar)),
                          sidecar.log)
         self.assertNotIn("Traceback", sidecar.log)
@@ -237,17 +286,19 @@ class Bots(BotAPI):
     def __init__(self):
         super().__init__()
         self.RequestHandlerClass = BotsHandler
+        self.said = 0
 
     def feed(self, stopped):
         """Say something 5 times a second, three quarters of what a bot here can do."""
-        number = 0
         while not stopped.wait(1 / 5):
-            self.push("message", {
-                "message_id": 1000 + number, "date": 1700000000, "text": "m%d" % number,
-                "chat": {"id": 7, "type": "private", "first_name": "A"},
-                "from": {"id": 7, "is_bot": False, "first_name": "A"}})
-            number += 1
-            self.said = number
+            self.say_next()
+
+    def say_next(self):
+        self.push("message", {
+            "message_id": 1000 + self.said, "date": 1700000000, "text": "m%d" % self.said,
+            "chat": {"id": 7, "type": "private", "first_name": "A"},
+            "from": {"id": 7, "is_bot": False, "first_name": "A"}})
+        self.said += 1
 
     def left(self):
         """Return the numbers of the messages that Telegram would hand out again."""
@@ -349,9 +400,10 @@ await bot.start"""))
 
     def telebot(self, recipe):
         self.save("go.mod", "module worker\n\ngo 1.19\n\nrequire gopkg.in/telebot.v3 v3.3.8\n")
-        self.save("sidecar.go", readme_blocks("go")[0])
+        self.save("sidecar.go", patient(readme_blocks("go")[0]))
         use, blank, start = recipe.partition("\n\n")
-        self.save("main.go", TELEBOT_WORKER % (use, start))
+        self.save("main.go", TELEBOT_WORKER % (
+            str(self.CONCURRENCY == 1).lower(), use, start))
         return self.go_worker(),
 
     @needs("telebot", os.path.isdir(TELEBOT))
@@ -378,14 +430,13 @@ class Consumer:
 
 consumer, handle = Consumer(), work
 """ + setup + """
-sidecar.CALL_SECONDS = 2.0      # a machine that is busy is no sidecar that hangs
 loop = compile(%r, "README.md", "exec")
 for _ in range(%d):
     threading.Thread(target=exec, args=(loop, globals(), {}), daemon=True).start()
 threading.Event().wait()
 """ % (for_ + loop, threads)))
         self.hang(sidecar, at_least=5)
-        self.drain(sidecar, statuses=(128 + signal.SIGTERM,))
+        self.drain(sidecar, ended_by=signal.SIGTERM)
 
     def test_one_thread(self):
         self.check(1)
@@ -571,20 +622,7 @@ class ReadmeClients:
 
 @needs_node
 class TestNodeClient(ReadmeClients, Frameworks, Case):
-    def worker(self, url, messages, seconds=0, blocked=0):
-        command = self.node_worker("""
-import { track } from "./sidecar.mjs";
-
-for (let number = 0; number < %d; number++) {
-  await track(async () => {
-    console.log("took", number);
-    await new Promise((resolve) => setTimeout(resolve, %d));
-    for (const over = Date.now() + %d; Date.now() < over; ); // blocks the loop
-    console.log("did", number);
-  });
-}
-""" % (messages, 1000 * seconds, 1000 * blocked))
-        return self.program(*command, env={"SIDECAR_URL": url})
+    worker = Frameworks.node_client
 
     def test_a_connection_that_was_closed_while_the_loop_was_blocked(self):
         sidecar = self.sidecar(constants={"IDLE_SECONDS": 1.5})
@@ -596,24 +634,7 @@ for (let number = 0; number < %d; number++) {
 
 @needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
 class TestGoClient(ReadmeClients, Frameworks, Case):
-    def worker(self, url, messages, seconds=0):
-        self.save("go.mod", "module worker\n\ngo 1.19\n")
-        self.save("sidecar.go", readme_blocks("go")[0])
-        self.save("main.go", """package main
-
-func main() {
-	for number := 0; number < %d; number++ {
-		track(func() error {
-			fmt.Println("took", number)
-			time.Sleep(%d * time.Millisecond)
-			fmt.Println("did", number)
-			return nil
-		})
-	}
-}
-""".replace("main\n", "main\n\nimport (\n\t\"fmt\"\n\t\"time\"\n)\n", 1)
-                  % (messages, 1000 * seconds))
-        return self.program(self.go_worker(), env={"SIDECAR_URL": url})
+    worker = Frameworks.go_client
 
     def test_a_connection_that_was_closed_while_it_was_idle(self):
         sidecar = self.sidecar(constants={"IDLE_SECONDS": 0.3})
@@ -621,6 +642,22 @@ func main() {
         self.assertEqual(worker.wait(), 0, worker.log)
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
         self.assertEqual(sidecar.active(), 0)
+
+
+# A thread and an event loop share a client.
+PYTHON_CLIENTS = """
+sidecar = Sidecar()
+
+async def main():
+    async with sidecar.track():
+        await work_in_loop(0)
+
+thread = threading.Thread(target=asyncio.run, args=(main(),))
+thread.start()
+with sidecar.track():
+    work(1)
+thread.join()
+"""
 
 
 class TestOtherLanguages(Frameworks, Case):
@@ -648,6 +685,30 @@ class TestOtherLanguages(Frameworks, Case):
     @needs("ureq", os.path.exists(RUST_WORKER))
     def test_rust(self):
         self.counts(RUST_WORKER)
+
+    @needs("a JDK, ureq, Node.js, Go, curl",
+           shutil.which("javac") and os.path.exists(RUST_WORKER) and shutil.which("node") and
+           shutil.which("go") and version_of(["curl", "--version"]) >= (7, 84))
+    def test_a_message_of_over_a_minute(self):
+        """The sidecar has closed each kept connection when the end is told. All clients at once."""
+        sidecar, seconds = self.sidecar(), sidecar_module.IDLE_SECONDS + 1.5
+        env = {"SIDECAR_URL": sidecar.url, "PAUSE_SECONDS": seconds, "MESSAGES": 1}
+        started, ended = (sidecar.url + path for path in ("/start-request", "/end-request"))
+        workers = [
+            self.program("java", os.path.join(WORKERS, "Worker.java"), env=env),
+            self.program(RUST_WORKER, env=env),
+            self.node_client(sidecar.url, messages=1, seconds=seconds),
+            self.go_client(sidecar.url, messages=1, seconds=seconds),
+            self.program(sys.executable, "-c", PRELUDE + PYTHON_CLIENTS,
+                         env=dict(env, WORK_SECONDS=seconds)),
+            self.program("curl", "--fail", "--no-progress-meter", "--rate",
+                         "%d/h" % (3600 / seconds), "-X", "POST", started, ended)]
+        for worker in workers:
+            self.assertEqual(worker.wait(seconds + PATIENCE), 0, worker.log)
+        for name in ("requests_total", "request_duration_seconds_count"):
+            self.assertEqual(sidecar.sample("sidecar_" + name), len(workers) + 1)   # two in Python
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
 
     @needs("curl", shutil.which("curl"))
     def test_curl_as_readme_has_it(self):
@@ -776,6 +837,7 @@ class Users:
                 (self.answered if answer == name else self.lost).append(answer)
             except (OSError, http.client.HTTPException) as error:
                 self.lost.append(repr(error))
+                return                  # and asks no more
             finally:
                 connection.close()
 
