@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What README's recipes cost and what they save, as a table in Markdown: about five minutes.
+"""What README's recipes cost and what they save, as a table in Markdown: about six minutes.
 
     python .ci/framework_costs.py               every framework
     python .ci/framework_costs.py aiogram rq    some
