@@ -341,6 +341,7 @@ class TestBots(Frameworks, Case):
         stopped.set()
         feeding.join(PATIENCE)
         self.assertEqual(set(range(api.said)) - did - api.left(), set())
+        return sidecar
 
     def aiogram(self, recipe):
         return PYTHON, self.save("bot.py", PRELUDE + """
@@ -382,7 +383,15 @@ application.run_polling()
 
     @needs_frameworks
     def test_python_telegram_bot(self):
-        self.check(*self.python_telegram_bot(recipe("python-telegram-bot")))
+        """Its end lasts longer than the drain, as with a persistence that writes everything."""
+        sidecar = self.check(*self.python_telegram_bot(recipe("python-telegram-bot") + """
+class Counted(Counted):
+    async def shutdown(self):
+        await asyncio.sleep(3)
+        await super().shutdown()
+        say("shut down")
+"""))
+        self.assertIn("shut down", sidecar.log)
 
     def grammy(self, recipe):
         return self.node_worker("""
