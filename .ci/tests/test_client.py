@@ -128,10 +128,13 @@ class ClientCase(Case):
         return server
 
     def client(self, url, **options):
-        """Return a client. Its class constants come as keywords too, such as REST_SECONDS."""
+        """Return a client. Its class constants come as keywords too, such as REST_SECONDS.
+
+        CALL_SECONDS are many where a test does not say it: a busy machine is no sidecar that hangs.
+        """
         constants = {name: options.pop(name) for name in list(options) if name.isupper()}
         client = Sidecar(url, **options)
-        vars(client).update(constants)
+        vars(client).update(dict(dict(CALL_SECONDS=PATIENCE), **constants))
         self.addCleanup(self.end, client)
         return client
 
@@ -221,7 +224,7 @@ class TestCounting(ClientCase):
 
     def test_threads_and_loops_share_one_client(self):
         sidecar = self.sidecar()
-        client = self.client(sidecar.url, CALL_SECONDS=PATIENCE)
+        client = self.client(sidecar.url)
 
         def work(number):
             if number % 2:
@@ -340,7 +343,6 @@ assert "encodings.idna" not in sys.modules
         self.assertEqual(paths[2:], ["/start-request?id=slot%203%3At1",
                                      "/reset?prefix=slot%203%3A", "/reset"])
 
-
     def test_a_recycled_process_gives_up_only_what_is_its_own(self):
         sidecar = self.sidecar()
         clients = [self.client(sidecar.url, name="slot%d" % number) for number in (1, 2)]
@@ -361,7 +363,7 @@ class TestHeld(ClientCase):
     def holding(self, **options):
         released = threading.Event()
         server = self.server(lambda path: released if "start" in path else COUNTED)
-        client = self.client(server.url, CALL_SECONDS=2.0, **options)
+        client = self.client(server.url, CALL_SECONDS=4.0, **options)
         self.addCleanup(released.set)
         return server, client, released
 
@@ -376,7 +378,7 @@ class TestHeld(ClientCase):
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         server.wait_for("/start-request")
-        time.sleep(2.5)         # more than the longest that a call which is not held may take
+        time.sleep(4.5)         # more than the longest that a call which is not held may take
         self.assertEqual(began, [])
         released.set()
         thread.join(PATIENCE)
@@ -393,7 +395,7 @@ class TestHeld(ClientCase):
         client.end("before")
         client._memory.rest_until = 0.0
         released.clear()
-        threading.Timer(2.5, released.set).start()
+        threading.Timer(4.5, released.set).start()
         with self.assertRaisesRegex(AssertionError, "no logs"):
             with self.assertLogs("sidecar", "WARNING"):
                 with client.track():
@@ -408,7 +410,7 @@ class TestHeld(ClientCase):
             threads = threading.active_count() - len(server.connections)
             while len(server.paths) < 60:               # more than an executor has threads
                 await asyncio.sleep(0.01)
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(4.5)
             self.assertFalse(any(task.done() for task in tasks))
             self.assertLessEqual(threading.active_count() - len(server.connections), threads)
             released.set()
@@ -463,8 +465,13 @@ class TestHeld(ClientCase):
 
         before = signal.signal(signal.SIGALRM, interrupt)
         self.addCleanup(signal.signal, signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
+
+        def interrupt_it():
+            server.wait_for("/start-request")
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
         with self.assertRaises(KeyboardInterrupt):
+            threading.Thread(target=interrupt_it).start()
             with client.track():
                 self.fail("it was not held")
         server.wait_for("/end-request")
@@ -489,12 +496,13 @@ class TestTrouble(ClientCase):
 
     def test_one_that_hangs_costs_one_time_out(self):
         server = self.server(lambda path: SILENCE)
-        client, done = self.client(server.url, CALL_SECONDS=0.1, REST_SECONDS=3600), []
+        client, done = self.client(server.url, CALL_SECONDS=0.5, REST_SECONDS=3600), []
         for turn in range(100):
             with client.track():
                 done.append(turn)
             asyncio.run(track_in_loop(client))
         self.assertEqual(len(done), 100)
+        server.wait_for("/start-request")
         self.assertEqual(len(server.calls), 1)
 
     def test_one_that_hangs_does_not_freeze_the_loop(self):
@@ -509,7 +517,7 @@ class TestTrouble(ClientCase):
                 turns += 1
             return turns
 
-        self.assertGreater(asyncio.run(run()), 10)      # a loop that waits for it has one or two
+        self.assertGreater(asyncio.run(run()), 4)       # a loop that waits for it has one or two
 
     def test_a_message_is_delayed_by_a_second_at_most(self):
         self.assertLessEqual(2 * Sidecar.CALL_SECONDS, 1.0)
@@ -524,7 +532,7 @@ class TestTrouble(ClientCase):
                     raise OSError("not of this test")
                 given.append(seconds)
                 connection = await connect(address, seconds)
-                time.sleep(0.2)             # as with a full backlog, or a server of names
+                time.sleep(0.5)             # as with a full backlog, or a server of names
                 return connection
 
             async def timed_receive(connection, seconds):
@@ -532,20 +540,22 @@ class TestTrouble(ClientCase):
                     given.append(seconds)
                 return await receive(connection, seconds)
 
-            client = self.client(server.url, CALL_SECONDS=0.3, REST_SECONDS=3600)
+            client = self.client(server.url, CALL_SECONDS=1.0, REST_SECONDS=3600)
             with mock.patch.object(io, "connect", slow_connect), \
                     mock.patch.object(io, "receive", timed_receive):
                 enter(client.track())
             self.assertEqual(len(given), 2)
-            self.assertLessEqual(given[0], 0.3)
-            self.assertLessEqual(given[1], 0.1)
+            self.assertLessEqual(given[0], 1.0)
+            self.assertLessEqual(given[1], 0.5)
 
     def test_an_end_that_was_not_delivered_is_delivered_later(self):
         sidecar = self.sidecar()
-        client = self.client(sidecar.url, CALL_SECONDS=0.2, REST_SECONDS=0.1, WATCH_SECONDS=0.1)
+        client = self.client(sidecar.url, REST_SECONDS=0.1, WATCH_SECONDS=0.1)
         with client.track():
             self.assertEqual(sidecar.active(), 1)
             sidecar.signal(signal.SIGSTOP)
+            client.CALL_SECONDS = 0.2
+        client.CALL_SECONDS = PATIENCE
         sidecar.signal(signal.SIGCONT)
         until(lambda: sidecar.active() == 0)
         with client.track():                # and it is talked to again
@@ -559,6 +569,7 @@ class TestTrouble(ClientCase):
         sidecar.signal(signal.SIGSTOP)
         with client.track():
             with client.track():            # this one rests: the sidecar has not heard of it
+                client.CALL_SECONDS = PATIENCE
                 sidecar.signal(signal.SIGCONT)
                 until(lambda: sidecar.active() == 2)
         until(lambda: sidecar.active() == 0)
@@ -574,6 +585,7 @@ class TestTrouble(ClientCase):
             with client.track("r%d" % number):
                 pass
         hung.clear()
+        client.CALL_SECONDS = PATIENCE
         client.close()
         self.assertEqual([path.partition("&")[0] for path in server.paths],
                          ["/start-request?id=r0", "/end-request?id=r0"])
@@ -639,21 +651,23 @@ class TestTrouble(ClientCase):
     def test_what_waits_is_bounded_and_one_thread_delivers_it(self):
         hung = threading.Event()
         server = self.server(lambda path: SILENCE if hung.is_set() else COUNTED)
-        client = self.client(server.url, CALL_SECONDS=0.2, REST_SECONDS=0.2, WATCH_SECONDS=0.05)
+        client = self.client(server.url, REST_SECONDS=0.2, WATCH_SECONDS=0.05)
         requests = [client.track() for _ in range(300)]
         for request in requests:
             request.__enter__()
         before = threading.enumerate()
         hung.set()
+        client.CALL_SECONDS = 0.2
         with mock.patch.object(sidecar_module, "MAX_UNSAID", 250):
             for request in requests:
                 request.__exit__()
-        self.assertEqual(len(client._memory.unsaid), 250)
+        waiting = len(client._memory.unsaid)
+        self.assertTrue(245 <= waiting <= 250, waiting)     # one may be said this very moment
         own = [thread for thread in threading.enumerate()
                if thread.name == "sidecar" and thread not in before]
         self.assertEqual(len(own), 1)
         hung.clear()
-        until(lambda: len(set(server.heard("/end-request"))) >= 250)
+        until(lambda: len(set(server.heard("/end-request"))) >= 245)
         until(lambda: not own[0].is_alive())
 
     def test_an_end_that_comes_while_its_start_is_said_late_is_said_too(self):
@@ -665,8 +679,7 @@ class TestTrouble(ClientCase):
                 gate.wait(PATIENCE)
             return COUNTED
         server = self.server(script)
-        client = self.client(server.url, CALL_SECONDS=PATIENCE, REST_SECONDS=3600,
-                             WATCH_SECONDS=0.01)
+        client = self.client(server.url, REST_SECONDS=3600, WATCH_SECONDS=0.01)
         client._memory.rest_until = time.monotonic() + 3600
         with client.track("slow"):
             client._memory.rest_until = 0.0
@@ -708,7 +721,7 @@ class TestTrouble(ClientCase):
 import resource, sys, threading
 from sidecar import Sidecar
 client = Sidecar(sys.argv[1])
-client.REST_SECONDS = 0.0
+client.REST_SECONDS, client.CALL_SECONDS = 0.0, 60
 resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
 threading.stack_size(1 << 34)           # so no thread can be started, whoever runs this
 client.on_drain(print)
@@ -748,6 +761,44 @@ time.sleep(0.2)
         self.assertTrue(server.heard("/end-request"))
 
 
+# Forks while threads are in the middle of calls. The children use the client in a loop too.
+FORK_SCRIPT = """
+import asyncio, os, sys, threading
+from sidecar import Sidecar
+client = Sidecar(sys.argv[1])
+client.CALL_SECONDS = 60     # a machine that is busy is no sidecar that hangs
+stopped = threading.Event()
+made = []
+
+def work():
+    while not stopped.is_set():
+        with client.track():
+            made.append(1)
+
+async def work_in_loop():
+    for _ in range(20):
+        async with client.track():
+            pass
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for _ in range(10):
+    child = os.fork()
+    if not child:
+        client.start("child-%d" % os.getpid())
+        client.end("child-%d" % os.getpid())
+        asyncio.run(work_in_loop())
+        os._exit(0)
+    assert not os.waitpid(child, 0)[1]
+stopped.set()
+for thread in threads:
+    thread.join()
+with open(sys.argv[2], "w") as file:
+    file.write(str(len(made)))
+"""
+
+
 @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
 class TestFork(ClientCase):
     def counts(self, sidecar, total):
@@ -785,41 +836,7 @@ client.close()
 
     def test_a_fork_while_threads_and_a_loop_are_in_the_middle_of_calls(self):
         sidecar = self.sidecar()
-        self.run_python("""
-import asyncio, os, sys, threading
-from sidecar import Sidecar
-client = Sidecar(sys.argv[1])
-client.CALL_SECONDS = 60     # a machine that is busy is no sidecar that hangs
-stopped = threading.Event()
-made = []
-
-def work():
-    while not stopped.is_set():
-        with client.track():
-            made.append(1)
-
-async def work_in_loop():
-    for _ in range(20):
-        async with client.track():
-            pass
-
-threads = [threading.Thread(target=work) for _ in range(4)]
-for thread in threads:
-    thread.start()
-for _ in range(10):
-    child = os.fork()
-    if not child:
-        client.start("child-%d" % os.getpid())
-        client.end("child-%d" % os.getpid())
-        asyncio.run(work_in_loop())
-        os._exit(0)
-    assert not os.waitpid(child, 0)[1]
-stopped.set()
-for thread in threads:
-    thread.join()
-with open(sys.argv[2], "w") as file:
-    file.write(str(len(made)))
-""", sidecar.url, self.path("made"))
+        self.run_python(FORK_SCRIPT, sidecar.url, self.path("made"))
         with open(self.path("made")) as file:
             self.counts(sidecar, 10 * 21 + int(file.read()))
 
@@ -857,10 +874,10 @@ if __name__ == "__main__":
 import os, sys
 from sidecar import Sidecar
 client = Sidecar(sys.argv[1])
-client.CALL_SECONDS = 0.1
+client.CALL_SECONDS = 60     # a machine that is busy is no sidecar that hangs
 client.on_drain(lambda: print("called in", os.getpid()))
 with client.track():
-    pass
+    client.CALL_SECONDS = 0.1
 child = os.fork()
 if not child:
     client.close()

@@ -20,8 +20,11 @@ import unittest
 
 from support import CACHE, HERE, PATIENCE, Case, child_of, needs, readme_blocks, until, version_of
 from test_client import COUNTED, SILENCE, ScriptedServer, answer
+from test_clients import patient
 from test_kafka import KafkaCase, KafkaNode, needs_kafka
 from test_telegram import BotAPI, BotAPIHandler
+
+import sidecar as sidecar_module      # `sidecar` is what the tests call a running one
 
 FRAMEWORKS = os.path.join(CACHE, "frameworks")
 PYTHON = os.path.join(FRAMEWORKS, "bin", "python")
@@ -29,7 +32,8 @@ WORKERS = os.path.join(HERE, ".ci", "tests", "workers")
 RUST_WORKER = os.path.join(CACHE, "rust", "debug", "worker")
 HUNG_SECONDS = 5.0
 WORK_SECONDS = 0.2      # of a message
-GRACE_SECONDS = 60
+# The quiet period is that of the manifests.
+SETTINGS = {"GRACE_PERIOD_SECONDS": 60, "QUIET_PERIOD_SECONDS": 0.5}
 UNAVAILABLE = answer({"error": "too many connections"}, "503 Service Unavailable")
 
 # What every worker in Python begins with: its work, and what a recipe takes for granted.
@@ -37,6 +41,8 @@ PRELUDE = """
 import asyncio, os, signal, sys, threading, time
 sys.path.insert(0, %r)
 from sidecar import Sidecar
+
+Sidecar.CALL_SECONDS = 2.0      # a machine that is busy is no sidecar that hangs
 
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
@@ -74,6 +80,42 @@ def module_folder(name):
 
 
 TELEBOT = module_folder("gopkg.in/telebot.v3@v3.3.8")
+TELEBOT_WORKER = """package main
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	tele "gopkg.in/telebot.v3"
+)
+
+var _, _ = context.Background, signal.Notify // not of every recipe
+var _ = syscall.SIGTERM
+var _ sync.WaitGroup
+
+func main() {
+	seconds, _ := strconv.ParseFloat(os.Getenv("WORK_SECONDS"), 64)
+	bot, err := tele.NewBot(tele.Settings{URL: os.Getenv("API"), Token: os.Getenv("TOKEN"),
+		Synchronous: %s, Poller: &tele.LongPoller{Timeout: time.Second}})
+	if err != nil {
+		log.Fatal(err)
+	}
+%s
+	bot.Handle(tele.OnText, func(c tele.Context) error {
+		fmt.Println("took", c.Text()[1:])
+		time.Sleep(time.Duration(seconds * float64(time.Second)))
+		fmt.Println("did", c.Text()[1:])
+		return nil
+	})
+%s}
+"""
 
 
 def needs_redis(thing):
@@ -92,7 +134,11 @@ def recipe(title):
 
 
 class Frameworks:
-    """A worker that a test runs under `run`; it prints "took N" and "did N" of each message."""
+    """A worker that a test runs under `run`; it prints "took N" and "did N" of each message.
+
+    A method that is named like a framework returns the command of its worker, with a recipe's code.
+    """
+    CONCURRENCY = 4         # of a worker that lets one choose
 
     def setUp(self):
         super().setUp()
@@ -110,14 +156,16 @@ class Frameworks:
         """Return the command of a worker beside README's client for Node.js."""
         os.symlink(os.path.join(FRAMEWORKS, "node_modules"),
                    os.path.join(self.folder, "node_modules"))
-        self.save("sidecar.mjs", readme_blocks("js")[0])
+        self.save("sidecar.mjs", patient(readme_blocks("js")[0]))
         return "node", self.save("worker.mjs", """
+const seconds = Number(process.env.WORK_SECONDS ?? %s);
+
 async function work(number) {
   console.log("took", number);
-  await new Promise((resolve) => setTimeout(resolve, %d));
+  if (seconds) await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
   console.log("did", number);
 }
-""" % (1000 * WORK_SECONDS) + text)
+""" % WORK_SECONDS + text)
 
     def go_worker(self):
         """Build the folder's Go files; return the program's path."""
@@ -128,9 +176,45 @@ async function work(number) {
         self.assertEqual(done.returncode, 0, done.stdout.decode())
         return os.path.join(self.folder, "worker")
 
+    def node_client(self, url, messages, seconds=0, blocked=0):
+        """Start a worker with README's client for Node.js that ends after so many messages."""
+        command = self.node_worker("""
+import { track } from "./sidecar.mjs";
+
+for (let number = 0; number < %d; number++) {
+  await track(async () => {
+    console.log("took", number);
+    await new Promise((resolve) => setTimeout(resolve, %d));
+    for (const over = Date.now() + %d; Date.now() < over; ); // blocks the loop
+    console.log("did", number);
+  });
+}
+""" % (messages, 1000 * seconds, 1000 * blocked))
+        return self.program(*command, env={"SIDECAR_URL": url})
+
+    def go_client(self, url, messages, seconds=0):
+        """The same in Go."""
+        self.save("go.mod", "module worker\n\ngo 1.19\n")
+        self.save("sidecar.go", patient(readme_blocks("go")[0]))
+        self.save("main.go", """package main
+
+func main() {
+	for number := 0; number < %d; number++ {
+		track(func() error {
+			fmt.Println("took", number)
+			time.Sleep(%d * time.Millisecond)
+			fmt.Println("did", number)
+			return nil
+		})
+	}
+}
+""".replace("main\n", "main\n\nimport (\n\t\"fmt\"\n\t\"time\"\n)\n", 1)
+                  % (messages, 1000 * seconds))
+        return self.program(self.go_worker(), env={"SIDECAR_URL": url})
+
     def under_run(self, *command, **env):
         sidecar = self.sidecar("run", "--", "env", "--chdir=" + self.folder, *command,
-                               **dict(dict(GRACE_PERIOD_SECONDS=GRACE_SECONDS), **env))
+                               **dict(SETTINGS, **env))
         self.addCleanup(self.end_group, child_of(sidecar.process.pid))
         return sidecar
 
@@ -153,29 +237,43 @@ async function work(number) {
     def hang(self, sidecar, at_least):
         """Let the sidecar hang under load: the worker works on, and is counted right after."""
         sidecar.wait_for("^did ")
-        before = len(self.did(sidecar))
+        goal = len(self.did(sidecar)) + at_least
         sidecar.signal(signal.SIGSTOP)
         over_at = time.monotonic() + HUNG_SECONDS
-        until(lambda: time.monotonic() > over_at)
-        meanwhile = len(self.did(sidecar)) - before
+        until(lambda: time.monotonic() > over_at and len(self.did(sidecar)) >= goal,
+              "work beside a sidecar that hangs")
         sidecar.signal(signal.SIGCONT)
-        self.assertGreaterEqual(meanwhile, at_least, sidecar.log)
-
-        def under_way():
-            return len(self.numbers(sidecar, "took")) - len(self.numbers(sidecar, "did"))
 
         def counted():
             return sidecar.get("/metrics")[1]["total_requests"]
         # The client leaves the sidecar alone for some seconds yet; what it tells late are a few.
-        goal = counted() + under_way() + 5
+        goal = counted() + self.under_way(sidecar) + 5
         until(lambda: counted() >= goal, "a worker that counts again")
-        until(lambda: sidecar.active() == under_way() > 0, "a count of what is under way")
+        self.wait_until_counted(sidecar)
 
-    def drain(self, sidecar, status=0):
-        """SIGTERM: what was taken is done, and the worker ends; return what it did."""
+    def under_way(self, program):
+        return len(self.numbers(program, "took")) - len(self.numbers(program, "did"))
+
+    def wait_until_counted(self, sidecar):
+        until(lambda: sidecar.active() == self.under_way(sidecar) > 0,
+              "a count of what is under way")
+
+    # `run` passes SIGTERM on when the count is zero. A worker that stops by itself ends with 0,
+    # unless it is so far by then that it has put its handlers away.
+    STOPPED_BY_ITSELF = 0, 128 + signal.SIGTERM
+
+    def drain(self, sidecar, ended_by=None):
+        """SIGTERM: what was taken is done, and the worker ends; return what it did.
+
+        ended_by: the signal that ends a worker which does not stop by itself.
+        """
         sidecar.signal(signal.SIGTERM)
-        self.assertEqual(sidecar.wait(), status, sidecar.log)
-        sidecar.wait_for("drain completed active_requests=0")
+        if ended_by:
+            self.assertEqual(sidecar.wait(), 128 + ended_by, sidecar.log)
+            sidecar.wait_for("drain completed active_requests=0")
+        else:
+            self.assertIn(sidecar.wait(), self.STOPPED_BY_ITSELF, sidecar.log)
+            self.assertNotRegex(sidecar.log, "drain timed out|request given up")
         self.assertEqual(sorted(set(self.numbers(sidecar, "took"))), sorted(self.did(sidecar)),
                          sidecar.log)
         self.assertNotIn("Traceback", sidecar.log)
@@ -188,17 +286,19 @@ class Bots(BotAPI):
     def __init__(self):
         super().__init__()
         self.RequestHandlerClass = BotsHandler
+        self.said = 0
 
     def feed(self, stopped):
         """Say something 5 times a second, three quarters of what a bot here can do."""
-        number = 0
         while not stopped.wait(1 / 5):
-            self.push("message", {
-                "message_id": 1000 + number, "date": 1700000000, "text": "m%d" % number,
-                "chat": {"id": 7, "type": "private", "first_name": "A"},
-                "from": {"id": 7, "is_bot": False, "first_name": "A"}})
-            number += 1
-            self.said = number
+            self.say_next()
+
+    def say_next(self):
+        self.push("message", {
+            "message_id": 1000 + self.said, "date": 1700000000, "text": "m%d" % self.said,
+            "chat": {"id": 7, "type": "private", "first_name": "A"},
+            "from": {"id": 7, "is_bot": False, "first_name": "A"}})
+        self.said += 1
 
     def left(self):
         """Return the numbers of the messages that Telegram would hand out again."""
@@ -234,17 +334,18 @@ class TestBots(Frameworks, Case):
         feeding = threading.Thread(target=api.feed, args=(stopped,))
         feeding.start()
         self.addCleanup(stopped.set)
-        sidecar = self.under_run(*command, API=api.url, TOKEN=api.TOKEN,
-                                 WORK_SECONDS=0.6, **env)   # longer than a session's end lasts
+        env = dict(dict(WORK_SECONDS=0.6), **env)   # longer than a session's end lasts
+        sidecar = self.under_run(*command, API=api.url, TOKEN=api.TOKEN, **env)
         self.hang(sidecar, at_least=5)
         did = self.drain(sidecar)
         stopped.set()
         feeding.join(PATIENCE)
         self.assertEqual(set(range(api.said)) - did - api.left(), set())
+        return sidecar
 
-    @needs_frameworks
-    def test_aiogram(self):
-        self.check(PYTHON, self.save("bot.py", PRELUDE + """
+    def aiogram(self, recipe):
+        return PYTHON, self.save("bot.py", PRELUDE + """
+import weakref
 from aiogram import Bot, Dispatcher
 from aiogram.client.session.aiohttp import AiohttpSession
 from aiogram.client.telegram import TelegramAPIServer
@@ -255,73 +356,68 @@ dp = Dispatcher()
 async def handle(message):
     await work_in_loop(message.text[1:])
 
-""" + recipe("aiogram 3") + """
+""" + recipe + """
 session = AiohttpSession(api=TelegramAPIServer.from_base(os.environ["API"]))
 bot = Bot(os.environ["TOKEN"], session=session)
-asyncio.run(dp.start_polling(bot, tasks_concurrency_limit=4))
-"""))
+asyncio.run(dp.start_polling(bot, tasks_concurrency_limit=%d))
+""" % self.CONCURRENCY)
 
     @needs_frameworks
-    def test_python_telegram_bot(self):
-        self.check(PYTHON, self.save("bot.py", PRELUDE + """
+    def test_aiogram(self):
+        self.check(*self.aiogram(recipe("aiogram 3")))
+
+    def python_telegram_bot(self, recipe):
+        return PYTHON, self.save("bot.py", PRELUDE + """
 from telegram.ext import Application, MessageHandler, filters
 
 async def handle(update, context):
     await work_in_loop(update.message.text[1:])
 
-""" + recipe("python-telegram-bot") + """
-builder = Application.builder().token(os.environ["TOKEN"]).concurrent_updates(4)
+""" + recipe + """
+builder = Application.builder().token(os.environ["TOKEN"]).concurrent_updates(%d)
 builder = builder.base_url(os.environ["API"] + "/bot")
 application = builder.application_class(Counted).build()
 application.add_handler(MessageHandler(filters.TEXT, handle))
-asyncio.run(main())
-"""))
+application.run_polling()
+""" % self.CONCURRENCY)
 
-    @needs_node
-    def test_grammy(self):
-        self.check(*self.node_worker("""
+    @needs_frameworks
+    def test_python_telegram_bot(self):
+        """Its end lasts longer than the drain, as with a persistence that writes everything."""
+        sidecar = self.check(*self.python_telegram_bot(recipe("python-telegram-bot") + """
+class Counted(Counted):
+    async def shutdown(self):
+        await asyncio.sleep(3)
+        await super().shutdown()
+        say("shut down")
+"""))
+        self.assertIn("shut down", sidecar.log)
+
+    def grammy(self, recipe):
+        return self.node_worker("""
 import { Bot } from "grammy";
 import { draining, track } from "./sidecar.mjs";
 
 const bot = new Bot(process.env.TOKEN, { client: { apiRoot: process.env.API } });
-""" + recipe("grammY").replace("await bot.start", """
+""" + recipe.replace("await bot.start", """
 bot.on("message", (ctx) => work(ctx.message.text.slice(1)));
-await bot.start""")))
+await bot.start"""))
+
+    @needs_node
+    def test_grammy(self):
+        self.check(*self.grammy(recipe("grammY")), WORK_SECONDS=WORK_SECONDS)  # one at a time
+
+    def telebot(self, recipe):
+        self.save("go.mod", "module worker\n\ngo 1.19\n\nrequire gopkg.in/telebot.v3 v3.3.8\n")
+        self.save("sidecar.go", patient(readme_blocks("go")[0]))
+        use, blank, start = recipe.partition("\n\n")
+        self.save("main.go", TELEBOT_WORKER % (
+            str(self.CONCURRENCY == 1).lower(), use, start))
+        return self.go_worker(),
 
     @needs("telebot", os.path.isdir(TELEBOT))
     def test_telebot(self):
-        self.save("go.mod", "module worker\n\ngo 1.19\n\nrequire gopkg.in/telebot.v3 v3.3.8\n")
-        self.save("sidecar.go", readme_blocks("go")[0])
-        self.save("main.go", """package main
-
-import (
-	"context"
-	"fmt"
-	"log"
-	"os"
-	"os/signal"
-	"sync"
-	"syscall"
-	"time"
-
-	tele "gopkg.in/telebot.v3"
-)
-
-func main() {
-	bot, err := tele.NewBot(tele.Settings{URL: os.Getenv("API"), Token: os.Getenv("TOKEN"),
-		Poller: &tele.LongPoller{Timeout: time.Second}})
-	if err != nil {
-		log.Fatal(err)
-	}
-""" + recipe("telebot").replace("bot.Start()", """
-	bot.Handle(tele.OnText, func(c tele.Context) error {
-		fmt.Println("took", c.Text()[1:])
-		time.Sleep(%d * time.Millisecond)
-		fmt.Println("did", c.Text()[1:])
-		return nil
-	})
-	bot.Start()""" % (1000 * WORK_SECONDS)) + "}\n")
-        self.check(self.go_worker())
+        self.check(*self.telebot(recipe("telebot")))
 
 
 class TestPlainLoop(Frameworks, Case):
@@ -349,7 +445,7 @@ for _ in range(%d):
 threading.Event().wait()
 """ % (for_ + loop, threads)))
         self.hang(sidecar, at_least=5)
-        self.drain(sidecar, status=128 + signal.SIGTERM)
+        self.drain(sidecar, ended_by=signal.SIGTERM)
 
     def test_one_thread(self):
         self.check(1)
@@ -358,24 +454,8 @@ threading.Event().wait()
         self.check(4)
 
 
-class TestClientsOfToday(Frameworks, Case):
-    """Workers with a client of their own that know nothing else: no id, no look at `draining`, no
-    handler for SIGTERM."""
-
-    def check(self, *command, **env):
-        sidecar = self.under_run(*command, **env)
-        until(lambda: len(self.did(sidecar)) >= 20, "the first work")
-        until(lambda: sidecar.active() == len(self.numbers(sidecar, "took")) -
-              len(self.numbers(sidecar, "did")) > 0, "a count of what is under way")
-        sidecar.signal(signal.SIGTERM)
-        sidecar.wait()
-        sidecar.wait_for("drain completed active_requests=0")
-        took, did = self.numbers(sidecar, "took"), self.numbers(sidecar, "did")
-        self.assertEqual(sorted(took), sorted(did), sidecar.log)
-
-    @needs_frameworks
-    def test_python_with_requests(self):
-        self.check(PYTHON, self.save("worker.py", PRELUDE + """
+# The clients that users of the platform have today.
+REQUESTS_WORKER = """
 import itertools
 import requests
 
@@ -403,11 +483,8 @@ def loop():
 for _ in range(3):
     threading.Thread(target=loop, daemon=True).start()
 loop()
-"""))
-
-    @needs_node
-    def test_node_with_axios(self):
-        self.check(*self.node_worker("""
+"""
+AXIOS_WORKER = """
 import axios from "axios";
 
 const sidecar = process.env.SIDECAR_URL;
@@ -429,12 +506,8 @@ async function loop() {
 }
 
 await Promise.all([loop(), loop(), loop(), loop()]);
-"""))
-
-    @needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
-    def test_go_with_http_post(self):
-        self.save("go.mod", "module worker\n\ngo 1.19\n")
-        self.save("main.go", """package main
+"""
+HTTP_POST_WORKER = """package main
 
 import (
 	"fmt"
@@ -474,8 +547,45 @@ func main() {
 	}
 	loop()
 }
-""" % (1000 * WORK_SECONDS))
-        self.check(self.go_worker())
+"""
+
+
+class TestClientsOfToday(Frameworks, Case):
+    """Workers with a client of their own that know nothing else: no id, no look at `draining`, no
+    handler for SIGTERM."""
+
+    def check(self, *command, **env):
+        sidecar = self.under_run(*command, **env)
+        until(lambda: len(self.did(sidecar)) >= 20, "the first work")
+        self.wait_until_counted(sidecar)
+        sidecar.signal(signal.SIGTERM)
+        sidecar.wait()
+        sidecar.wait_for("drain completed active_requests=0")
+        took, did = self.numbers(sidecar, "took"), self.numbers(sidecar, "did")
+        self.assertEqual(sorted(took), sorted(did), sidecar.log)
+
+    def requests(self):
+        return PYTHON, self.save("worker.py", PRELUDE + REQUESTS_WORKER)
+
+    @needs_frameworks
+    def test_python_with_requests(self):
+        self.check(*self.requests())
+
+    def axios(self):
+        return self.node_worker(AXIOS_WORKER)
+
+    @needs_node
+    def test_node_with_axios(self):
+        self.check(*self.axios())
+
+    def http_post(self):
+        self.save("go.mod", "module worker\n\ngo 1.19\n")
+        self.save("main.go", HTTP_POST_WORKER % (1000 * WORK_SECONDS))
+        return self.go_worker(),
+
+    @needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
+    def test_go_with_http_post(self):
+        self.check(*self.http_post())
 
 
 class ReadmeClients:
@@ -521,20 +631,7 @@ class ReadmeClients:
 
 @needs_node
 class TestNodeClient(ReadmeClients, Frameworks, Case):
-    def worker(self, url, messages, seconds=0, blocked=0):
-        command = self.node_worker("""
-import { track } from "./sidecar.mjs";
-
-for (let number = 0; number < %d; number++) {
-  await track(async () => {
-    console.log("took", number);
-    await new Promise((resolve) => setTimeout(resolve, %d));
-    for (const over = Date.now() + %d; Date.now() < over; ); // blocks the loop
-    console.log("did", number);
-  });
-}
-""" % (messages, 1000 * seconds, 1000 * blocked))
-        return self.program(*command, env={"SIDECAR_URL": url})
+    worker = Frameworks.node_client
 
     def test_a_connection_that_was_closed_while_the_loop_was_blocked(self):
         sidecar = self.sidecar(constants={"IDLE_SECONDS": 1.5})
@@ -546,24 +643,7 @@ for (let number = 0; number < %d; number++) {
 
 @needs("Go 1.19", version_of(["go", "version"]) >= (1, 19))
 class TestGoClient(ReadmeClients, Frameworks, Case):
-    def worker(self, url, messages, seconds=0):
-        self.save("go.mod", "module worker\n\ngo 1.19\n")
-        self.save("sidecar.go", readme_blocks("go")[0])
-        self.save("main.go", """package main
-
-func main() {
-	for number := 0; number < %d; number++ {
-		track(func() error {
-			fmt.Println("took", number)
-			time.Sleep(%d * time.Millisecond)
-			fmt.Println("did", number)
-			return nil
-		})
-	}
-}
-""".replace("main\n", "main\n\nimport (\n\t\"fmt\"\n\t\"time\"\n)\n", 1)
-                  % (messages, 1000 * seconds))
-        return self.program(self.go_worker(), env={"SIDECAR_URL": url})
+    worker = Frameworks.go_client
 
     def test_a_connection_that_was_closed_while_it_was_idle(self):
         sidecar = self.sidecar(constants={"IDLE_SECONDS": 0.3})
@@ -571,6 +651,22 @@ func main() {
         self.assertEqual(worker.wait(), 0, worker.log)
         self.assertEqual(sidecar.sample("sidecar_request_duration_seconds_count"), 3)
         self.assertEqual(sidecar.active(), 0)
+
+
+# A thread and an event loop share a client.
+PYTHON_CLIENTS = """
+sidecar = Sidecar()
+
+async def main():
+    async with sidecar.track():
+        await work_in_loop(0)
+
+thread = threading.Thread(target=asyncio.run, args=(main(),))
+thread.start()
+with sidecar.track():
+    work(1)
+thread.join()
+"""
 
 
 class TestOtherLanguages(Frameworks, Case):
@@ -599,6 +695,30 @@ class TestOtherLanguages(Frameworks, Case):
     def test_rust(self):
         self.counts(RUST_WORKER)
 
+    @needs("a JDK, ureq, Node.js, Go, curl",
+           shutil.which("javac") and os.path.exists(RUST_WORKER) and shutil.which("node") and
+           shutil.which("go") and version_of(["curl", "--version"]) >= (7, 84))
+    def test_a_message_of_over_a_minute(self):
+        """The sidecar has closed each kept connection when the end is told. All clients at once."""
+        sidecar, seconds = self.sidecar(), sidecar_module.IDLE_SECONDS + 1.5
+        env = {"SIDECAR_URL": sidecar.url, "PAUSE_SECONDS": seconds, "MESSAGES": 1}
+        started, ended = (sidecar.url + path for path in ("/start-request", "/end-request"))
+        workers = [
+            self.program("java", os.path.join(WORKERS, "Worker.java"), env=env),
+            self.program(RUST_WORKER, env=env),
+            self.node_client(sidecar.url, messages=1, seconds=seconds),
+            self.go_client(sidecar.url, messages=1, seconds=seconds),
+            self.program(sys.executable, "-c", PRELUDE + PYTHON_CLIENTS,
+                         env=dict(env, WORK_SECONDS=seconds)),
+            self.program("curl", "--fail", "--no-progress-meter", "--rate",
+                         "%d/h" % (3600 / seconds), "-X", "POST", started, ended)]
+        for worker in workers:
+            self.assertEqual(worker.wait(seconds + PATIENCE), 0, worker.log)
+        for name in ("requests_total", "request_duration_seconds_count"):
+            self.assertEqual(sidecar.sample("sidecar_" + name), len(workers) + 1)   # two in Python
+        self.assertEqual(sidecar.active(), 0)
+        self.assertEqual(sidecar.sample("sidecar_unmatched_ends_total"), 0)
+
     @needs("curl", shutil.which("curl"))
     def test_curl_as_readme_has_it(self):
         sidecar = self.sidecar()
@@ -618,7 +738,7 @@ class TestOtherLanguages(Frameworks, Case):
 @needs_redis
 class TestQueues(Frameworks, Case):
     """Task queues on Redis: what is neither done nor done by the next worker is lost."""
-    COUNT = 150
+    COUNT = 1000            # more than is done before the worker ends
 
     def setUp(self):
         super().setUp()
@@ -628,13 +748,16 @@ class TestQueues(Frameworks, Case):
         redis.wait_for("[Rr]eady to accept connections")
         self.redis = socket
 
-    def check(self, fill, *command, at_least=5, **env):
-        done = subprocess.run([PYTHON, "-c", fill], cwd=self.folder, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+    def fill(self, script):
+        """Put what is to be done into the queue: `count` tasks."""
+        done = subprocess.run([PYTHON, "-c", "count = %d\n%s" % (self.COUNT, script)],
+                              cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.assertEqual(done.returncode, 0, done.stdout.decode())
-        env = dict(env, PYTHONPATH=self.folder)
+
+    def check(self, *command):
+        env = {"PYTHONPATH": self.folder}
         sidecar = self.under_run(*command, **env)
-        self.hang(sidecar, at_least)
+        self.hang(sidecar, at_least=5)
         did = self.drain(sidecar)
         self.assertLess(len(did), self.COUNT)
         following = self.program(*command, cwd=self.folder, env=dict(env, WORK_SECONDS=0))
@@ -645,7 +768,7 @@ class TestQueues(Frameworks, Case):
     def app(self, name, text):
         self.save(name + ".py", PRELUDE + text)
 
-    def test_celery(self):
+    def celery(self, recipe):
         self.app("tasks", """
 from celery import Celery, signals
 
@@ -656,29 +779,37 @@ app.conf.worker_hijack_root_logger = False
 def handle(number):
     work(number)
 
-""" % self.redis + recipe("Celery"))
-        self.check("import tasks\nfor n in range(%d): tasks.handle.delay(n)" % self.COUNT,
-                   PYTHON, "-m", "celery", "-A", "tasks", "worker", "--concurrency", "4")
+""" % self.redis + recipe)
+        self.fill("import tasks\nfor n in range(count): tasks.handle.delay(n)")
+        return (PYTHON, "-m", "celery", "-A", "tasks", "worker", "--concurrency",
+                str(self.CONCURRENCY))
 
-    def test_rq(self):
-        self.COUNT = 50         # it works on one at a time, and forks for each
+    def test_celery(self):
+        self.check(*self.celery(recipe("Celery")))
+
+    def rq(self, recipe):
         self.app("work_of_jobs", "")
-        self.app("workers", "import rq\n" + recipe("RQ"))
-        self.check("""
+        self.app("workers", "import rq\n" + recipe)
+        self.fill("""
 import redis, rq, work_of_jobs
 queue = rq.Queue(connection=redis.Redis(unix_socket_path=%r))
-for n in range(%d): queue.enqueue(work_of_jobs.work, n)
-""" % (self.redis, self.COUNT), os.path.join(FRAMEWORKS, "bin", "rq"), "worker",
-                   "--url", "unix://" + self.redis, "--worker-class", "workers.Counted")
+for n in range(count): queue.enqueue(work_of_jobs.work, n)
+""" % self.redis)
+        return (os.path.join(FRAMEWORKS, "bin", "rq"), "worker", "--url", "unix://" + self.redis,
+                "--worker-class", "workers.Counted")
 
-    def test_dramatiq(self):
+    def test_rq(self):
+        self.COUNT = 100        # it works on one at a time, and forks for each
+        self.check(*self.rq(recipe("RQ")))
+
+    def dramatiq(self, recipe):
         self.app("actors", """
 import dramatiq
 from dramatiq.brokers.redis import RedisBroker
 
 broker = RedisBroker(url="unix://%s")
 
-""" % self.redis + recipe("Dramatiq") + """
+""" % self.redis + recipe + """
 broker.add_middleware(Counted())
 dramatiq.set_broker(broker)
 
@@ -686,62 +817,72 @@ dramatiq.set_broker(broker)
 def handle(number):
     work(number)
 """)
-        self.check("import actors\nfor n in range(%d): actors.handle.send(n)" % self.COUNT,
-                   PYTHON, "-m", "dramatiq", "actors", "--processes", "2", "--threads", "2")
+        self.fill("import actors\nfor n in range(count): actors.handle.send(n)")
+        processes = 2 if self.CONCURRENCY > 1 else 1
+        return (PYTHON, "-m", "dramatiq", "actors", "--processes", str(processes),
+                "--threads", str(self.CONCURRENCY // processes))
+
+    def test_dramatiq(self):
+        self.check(*self.dramatiq(recipe("Dramatiq")))
+
+
+class Users:
+    """Four users of a web server, each of whom asks again and again, until `stop`."""
+
+    def __init__(self, port):
+        self.port, self.answered, self.lost = port, [], []
+        self.stopped = threading.Event()
+        self.threads = [threading.Thread(target=self.ask) for _ in range(4)]
+        for thread in self.threads:
+            thread.start()
+
+    def ask(self):
+        while not self.stopped.is_set():
+            name = str(random.randrange(10 ** 9))
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+            try:
+                connection.request("GET", "/" + name)
+                answer = connection.getresponse().read().decode()
+                (self.answered if answer == name else self.lost).append(answer)
+            except (OSError, http.client.HTTPException) as error:
+                self.lost.append(repr(error))
+                return                  # and asks no more
+            finally:
+                connection.close()
+
+    def stop(self):
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(PATIENCE)
 
 
 @needs_frameworks
 class TestServers(Frameworks, Case):
     """HTTP servers that are pushed to: a request that was sent and not answered is lost."""
 
-    def check(self, port, *command, status):
-        sidecar = self.under_run(*command, QUIET_PERIOD_SECONDS=1)
-        stopped, answered, lost = threading.Event(), [], []
+    def serve(self, *command, **env):
+        """Return the sidecar of a server that listens, and the server's port."""
+        sidecar = self.under_run(*command, **env)
+        listening = sidecar.wait_for(r"(?:running on|Listening at:) http://127\.0\.0\.1:(\d+)")
+        return sidecar, int(listening.group(1))
 
-        def ask(number):
-            while not stopped.is_set():
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-                try:
-                    connection.connect()
-                except OSError:                     # it does not listen yet
-                    time.sleep(0.05)
-                    continue
-                try:
-                    name = str(random.randrange(10 ** 9))
-                    connection.request("GET", "/" + name)
-                    self.assertEqual(connection.getresponse().read().decode(), name)
-                    answered.append(time.monotonic())
-                except Exception as error:
-                    lost.append(repr(error))
-                finally:
-                    connection.close()
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        self.addCleanup(stopped.set)
-        until(lambda: answered, "the first answer")
+    def check(self, *command, statuses):
+        sidecar, port = self.serve(*command, QUIET_PERIOD_SECONDS=3)
+        users = Users(port)
+        self.addCleanup(users.stop)
+        until(lambda: users.answered, "the first answer")
         self.hang(sidecar, at_least=5)
         sidecar.signal(signal.SIGTERM)
         sidecar.wait_for("drain started")
-        began = time.monotonic()
-        until(lambda: len([when for when in answered if when > began]) >= 8, "answers in a drain")
+        before = len(users.answered)
+        until(lambda: len(users.answered) >= before + 8, "answers in a drain")
         self.assertNotIn("drain completed", sidecar.log)
-        stopped.set()                               # the pod is out of its service's endpoints
-        for thread in threads:
-            thread.join(PATIENCE)
-        self.assertEqual(lost, [])
-        self.assertEqual(sidecar.wait(), status, sidecar.log)
+        users.stop()                                # the pod is out of its service's endpoints
+        self.assertEqual(users.lost, [])
+        self.assertIn(sidecar.wait(), statuses, sidecar.log)
         sidecar.wait_for("drain completed active_requests=0")
 
-    @staticmethod
-    def free_port():
-        import socket
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            return one.getsockname()[1]
-
-    def test_fastapi(self):
+    def fastapi(self, recipe):
         self.save("web.py", PRELUDE + """
 from fastapi import FastAPI, Response
 
@@ -752,12 +893,13 @@ async def handle(number: int):
     await work_in_loop(number)
     return Response(str(number))
 
-""" + recipe("FastAPI"))
-        port = self.free_port()
-        self.check(port, PYTHON, "-m", "uvicorn", "web:app", "--port", str(port),
-                   "--log-level", "warning", status=128 + signal.SIGTERM)
+""" + recipe)
+        return PYTHON, "-m", "uvicorn", "web:app", "--port", "0", "--no-access-log"
 
-    def test_flask_under_gunicorn(self):
+    def test_fastapi(self):
+        self.check(*self.fastapi(recipe("FastAPI")), statuses=(128 + signal.SIGTERM,))
+
+    def flask(self, recipe):
         self.save("web.py", PRELUDE + """
 from flask import Flask
 
@@ -768,35 +910,38 @@ def handle(number):
     work(number)
     return str(number)
 
-""" + recipe("Flask"))
-        port = self.free_port()
-        self.check(port, PYTHON, "-m", "gunicorn", "--bind", "127.0.0.1:%d" % port,
-                   "--workers", "2", "--threads", "2", "--preload", "web:app", status=0)
+""" + recipe)
+        return (PYTHON, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--workers", "2",
+                "--threads", "2", "--preload", "web:app")
+
+    def test_flask_under_gunicorn(self):
+        self.check(*self.flask(recipe("Flask")), statuses=self.STOPPED_BY_ITSELF)
 
 
 @needs_kafka
 class TestConsumers(Frameworks, KafkaCase):
     """Kafka: what is committed and not done is lost."""
-    COUNT = 300
+    COUNT = 1000            # more than is done before the worker ends
 
     @classmethod
     def setUpClass(cls):
         cls.use(KafkaNode())
 
-    def check(self, *command):
+    def fill(self):
         self.topics(incoming=1)
         self.write([dict(value=str(number)) for number in range(self.COUNT)])
-        sidecar = self.under_run(*command, BROKERS=self.brokers, TOPIC=self.incoming,
-                                 GROUP=self.group)
+        return dict(BROKERS=self.brokers, TOPIC=self.incoming, GROUP=self.group)
+
+    def check(self, *command):
+        sidecar = self.under_run(*command, **self.fill())
         self.hang(sidecar, at_least=5)
         did = self.drain(sidecar)
         committed = self.COUNT - self.lag(1)
         self.assertEqual(did, set(range(committed)))
         self.assertLess(committed, self.COUNT)
 
-    @needs_frameworks
-    def test_confluent_kafka(self):
-        self.check(PYTHON, self.save("consumer.py", PRELUDE + """
+    def confluent_kafka(self, recipe):
+        return PYTHON, self.save("consumer.py", PRELUDE + """
 from confluent_kafka import Consumer
 
 def handle(message):
@@ -806,11 +951,14 @@ consumer = Consumer({"bootstrap.servers": os.environ["BROKERS"], "group.id": os.
                      "enable.auto.commit": False, "auto.offset.reset": "earliest"})
 consumer.subscribe([os.environ["TOPIC"]])
 
-""" + recipe("confluent-kafka")))
+""" + recipe)
 
-    @needs_node
-    def test_kafkajs(self):
-        self.check(*self.node_worker("""
+    @needs_frameworks
+    def test_confluent_kafka(self):
+        self.check(*self.confluent_kafka(recipe("confluent-kafka")))
+
+    def kafkajs(self, recipe):
+        return self.node_worker("""
 import { Kafka, logLevel } from "kafkajs";
 import { draining, track } from "./sidecar.mjs";
 
@@ -819,11 +967,14 @@ const kafka = new Kafka({ brokers: [process.env.BROKERS], logLevel: logLevel.ERR
 const consumer = kafka.consumer({ groupId: process.env.GROUP });
 await consumer.connect();
 await consumer.subscribe({ topic: process.env.TOPIC, fromBeginning: true });
-""" + recipe("kafkajs")))
+""" + recipe)
 
-    @needs_frameworks
-    def test_aiokafka(self):
-        self.check(PYTHON, self.save("consumer.py", PRELUDE + """
+    @needs_node
+    def test_kafkajs(self):
+        self.check(*self.kafkajs(recipe("kafkajs")))
+
+    def aiokafka(self, recipe):
+        return PYTHON, self.save("consumer.py", PRELUDE + """
 from aiokafka import AIOKafkaConsumer
 
 async def handle(message):
@@ -834,9 +985,13 @@ async def main():
         os.environ["TOPIC"], bootstrap_servers=os.environ["BROKERS"],
         group_id=os.environ["GROUP"], enable_auto_commit=False, auto_offset_reset="earliest")
     await consumer.start()
-""" + "".join("    " + line for line in recipe("aiokafka").splitlines(True)) + """
+""" + "".join("    " + line for line in recipe.splitlines(True)) + """
 asyncio.run(main())
-"""))
+""")
+
+    @needs_frameworks
+    def test_aiokafka(self):
+        self.check(*self.aiokafka(recipe("aiokafka")))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class TestManyConnections(Limits):
             for connection in idle:
                 self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 "))
             sidecar.signal(signal.SIGSTOP)      # what follows is there when it looks again
-            os.waitid(os.P_PID, sidecar.process.pid, os.WSTOPPED | os.WNOWAIT)
+            os.waitpid(sidecar.process.pid, os.WUNTRACED)
             late = self.connect(sidecar, 100, b"GET /health HTTP/1.0\r\n\r\n")
             for number in range(100):
                 idle[number].sendall(START % number)
@@ -268,6 +268,7 @@ class TestGo(Limits):
 class TestCost(Limits):
     """What many connections cost. The numbers are printed; what is asserted leaves room."""
 
+    @unittest.skipIf(sys.implementation.name == "pypy", "its threads and its heap take more")
     def test_memory_and_threads_of_1000_connections(self):
         sidecar = self.sidecar(constants={"MAX_CONNECTIONS": 1000, "CROWDED": 1000})
         rest = figures(sidecar.process.pid)

@@ -221,7 +221,8 @@ class TestFuzz(Case):
                 sidecar.post("/reset")
                 before = self.settled(sidecar)
         sidecar.post("/reset")
-        self.assertLess(self.settled(sidecar) - before, 8 << 20)
+        if sys.implementation.name == "cpython":    # others collect when they like
+            self.assertLess(self.settled(sidecar) - before, 8 << 20)
         self.counts_agree(sidecar)
         self.assertGreater(self.statuses.get(200, 0), total // 10, self.statuses)
         self.assertGreater(self.statuses.get(400, 0), total // 20, self.statuses)

@@ -3,7 +3,7 @@ import java.net.http.HttpClient;
 import java.net.http.HttpRequest;
 import java.net.http.HttpResponse.BodyHandlers;
 
-/** A worker whose client is Java's own as it comes: two calls for a message, a pause after each. */
+/** A worker whose client is Java's own as it comes: two calls for a message, a pause between them. */
 public class Worker {
     static final HttpClient CLIENT = HttpClient.newHttpClient(); // asks for HTTP/2 by an Upgrade
 
@@ -19,7 +19,8 @@ public class Worker {
 
     public static void main(String[] arguments) throws Exception {
         long pause = (long) (1000 * Double.parseDouble(System.getenv("PAUSE_SECONDS")));
-        for (int number = 0; number < 3; number++) {
+        int messages = Integer.parseInt(System.getenv().getOrDefault("MESSAGES", "3"));
+        for (int number = 0; number < messages; number++) {
             post("/start-request");
             long start = System.nanoTime();
             System.out.println("took " + number);
