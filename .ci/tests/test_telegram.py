@@ -303,6 +303,9 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
 
 
 class TestTelegram(Case):
+    # What the bot runs before, where each of its calls has to reach the sidecar, however slow.
+    PATIENT = "echo_bot.Sidecar.CALL_SECONDS = 30; "
+
     def setUp(self):
         self.api = self.bot_api()
         taken = socket.socket()            # bound, so that nobody else gets the port; not listening
@@ -327,10 +330,9 @@ class TestTelegram(Case):
         settings.update(env)
         command = [os.path.join(HERE, "echo_bot.py")]
         if constants or code:
-            code += ("import os, sys; sys.path.insert(0, %r); import echo_bot; [setattr("
-                     "echo_bot.Telegram, *item) for item in %r.items()]; "
-                     "os._exit(echo_bot.main(os.environ))" % (HERE, constants or {}))
-            command = ["-c", code]
+            command = ["-c", "import os, sys; sys.path.insert(0, %r); import echo_bot; [setattr("
+                             "echo_bot.Telegram, *item) for item in %r.items()]; %s"
+                             "os._exit(echo_bot.main(os.environ))" % (HERE, constants or {}, code)]
         return self.program(sys.executable, *command, env=settings)
 
     def end(self, bot):
@@ -604,7 +606,7 @@ class TestTelegram(Case):
         gates = [self.api.hold("replying") for _ in range(4)]
         for number in range(5):
             self.api.say("%d" % number, chat=number + 1)
-        bot = self.bot(SIDECAR_URL=sidecar.url, CONCURRENCY=3)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url, CONCURRENCY=3)
         until(lambda: sidecar.active() == 3)
         until(lambda: len(self.api.texts()) == 3)
         gates[1].set()
@@ -868,7 +870,7 @@ class TestTelegram(Case):
         sidecar = self.sidecar()
         gate = self.api.hold("replying")
         confirm = self.api.hold("polling", lambda offset: offset > 1)
-        bot = self.bot(SIDECAR_URL=sidecar.url)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url)
         self.api.say("hello")
         self.api.wait_for("replying")
         self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 1)
@@ -884,13 +886,13 @@ class TestTelegram(Case):
     def test_a_bot_that_was_killed_leaves_no_count_once_it_is_back(self):
         sidecar = self.sidecar()
         gate = self.api.hold("replying")
-        bot = self.bot(SIDECAR_URL=sidecar.url)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url)
         self.api.say("hello")
         self.api.wait_for("replying")
         bot.kill()
         gate.set()
         self.assertEqual(sidecar.active(), 1)
-        again = self.bot(SIDECAR_URL=sidecar.url)
+        again = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url)
         self.api.wait_until_confirmed()
         until(lambda: sidecar.active() == 0)
         self.end(again)
@@ -901,7 +903,7 @@ class TestTelegram(Case):
         gate = self.api.hold("replying")
         self.api.say("before")
         self.api.say("after")
-        bot = self.bot(SIDECAR_URL=sidecar.url, CONCURRENCY=1)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url, CONCURRENCY=1)
         self.api.wait_for("replying")
         drain = threading.Thread(target=sidecar.get, args=("/drain",))
         drain.start()
