@@ -42,7 +42,6 @@ import itertools
 import json
 import logging
 import os
-import queue
 import random
 import re
 import select
@@ -56,6 +55,7 @@ import time
 import types
 import urllib.request
 import zlib
+from concurrent import futures
 from urllib.parse import unquote, urlsplit
 
 from sidecar import Sidecar
@@ -118,23 +118,27 @@ def chat_of(update):
 
 
 class Stopping:
-    """Notes the first of some signals. Whoever waits looks at `requested` several times a second.
+    """Notes the first signal, or what else ends the bot. Whoever waits looks at `requested` several
+    times a second.
 
     So it does not matter which thread a signal is delivered to, nor which call it interrupts.
     """
 
     def __init__(self, *signals):
         self.requested_at = None        # in time.monotonic()'s seconds
+        self.failure = None             # the first exception that ends the bot
+        self._thread = futures.ThreadPoolExecutor(1)        # runs what wait() waits for
         for number in signals:
-            signal.signal(number, self._note)
+            signal.signal(number, self.request)
 
-    def _note(self, number, frame):
-        self.request()
-
-    def request(self):
-        """Stop as if a signal had come."""
+    def request(self, *_):
         if not self.requested:
             self.requested_at = time.monotonic()
+
+    def fail(self, error):
+        """Stop because of an exception, which main() tells."""
+        self.failure = self.failure or error
+        self.request()
 
     @property
     def requested(self):
@@ -153,25 +157,12 @@ class Stopping:
     def wait(self, function, *args):
         """Return function(*args), or None when a signal came before or comes meanwhile.
 
-        The function runs on a thread of its own, which is left behind in that case.
+        Its thread is left behind in that case.
         """
-        outcome = queue.Queue()
-
-        def call():
-            try:
-                outcome.put((function(*args), None))
-            except Exception as error:
-                outcome.put((None, error))
-
-        threading.Thread(target=call, daemon=True).start()
+        future = self._thread.submit(function, *args)
         while not self.requested:
-            try:
-                result, error = outcome.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if error:
-                raise error
-            return result
+            if futures.wait([future], 0.1).done:
+                return future.result()
         return None
 
 
@@ -1248,13 +1239,13 @@ class Member:
         STABLE       updates are taken
         REBALANCING  others come or go, or the topic has grown: nothing more is taken. When nothing
                      is in hand and all is committed, or after LET_GO_SECONDS: JOINING
-        FENCED       from any of the above, when the group has expelled us: what is in hand belongs
-                     to others. When nothing is in hand: JOINING
+        FENCED       from any of the above, when the group has expelled us: no partition is ours any
+                     more, nor what is in hand. When nothing is in hand: JOINING
         LEFT         by leave(), when nothing is in hand; for good
     """
 
-    def __init__(self, settings):
-        self.settings, self.id, self.generation = settings, "", -1
+    def __init__(self, settings, stopping):
+        self.settings, self.stopping, self.id, self.generation = settings, stopping, "", -1
         self.partition_count = None     # of the topic; only the group's leader knows it
         self.failures = 0           # in a row
         self.reached = False        # whether a coordinator has ever answered
@@ -1266,7 +1257,6 @@ class Member:
         self.hands = 0              # receipts whose updates are neither done nor given up
         self.heard_at = 0.0         # when the group last knew us
         self.rebalance_at = 0.0     # when the state became REBALANCING
-        self.failure = None         # what has ended the thread: the bot ends with it
         self.cluster = Cluster(settings, self._is_over)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -1274,12 +1264,9 @@ class Member:
     # What other threads call.
 
     def is_stable(self, seconds):
-        """Return whether updates may be taken, within `seconds`. Raises what ended the thread."""
+        """Return whether updates may be taken, within `seconds`."""
         with self.changed:
-            self.changed.wait_for(lambda: self.state == STABLE or self.failure, seconds)
-            if self.failure:
-                raise self.failure
-            return self.state == STABLE
+            return self.changed.wait_for(lambda: self.state == STABLE, seconds)
 
     def topic_has(self, count):
         """Say how many partitions the topic has: where that is new, the group's leader acts."""
@@ -1291,7 +1278,7 @@ class Member:
         """Return whether we may write replies to its updates; None: not known at the moment."""
         with self.changed:
             now, expired = time.monotonic(), self.heard_at + SESSION_MS / 1000
-            if self.failure or partition not in self.partitions or self.state == FENCED:
+            if partition not in self.partitions:
                 return False
             if self.state == REBALANCING and now > self.rebalance_at + LET_GO_SECONDS:
                 return False
@@ -1310,9 +1297,8 @@ class Member:
             partition.done.add(offset)
             self.hands -= 1
             self.changed.notify_all()
-            self.changed.wait_for(
-                lambda: partition.is_told(offset) or partition not in self.partitions
-                or self.state == FENCED or self.failure, ANSWER_SECONDS)
+            self.changed.wait_for(lambda: partition.is_told(offset)
+                                  or partition not in self.partitions, ANSWER_SECONDS)
             return partition.is_told(offset)
 
     def leave(self):
@@ -1339,9 +1325,9 @@ class Member:
                     break
             self._leave()
         except Exception as error:
+            self.stopping.fail(error)
             with self.changed:
-                self.failure = error
-                self.changed.notify_all()
+                self._to(FENCED)
         self.cluster.close()
 
     def _is_over(self):
@@ -1356,7 +1342,7 @@ class Member:
             return
         if state == REBALANCING:
             self.rebalance_at = time.monotonic()
-        if state == JOINING:
+        if state in (JOINING, FENCED):
             self.partitions = []
         self.state = state
         self.changed.notify_all()
@@ -1408,24 +1394,22 @@ class Member:
     def _keep(self):
         """Wait for something to do, do it, and join again when nothing is in the way of that."""
         with self.changed:
-            self.changed.wait_for(lambda: self.state == LEFT or self._may_join() or (
-                self.state != FENCED and self._news()), self.beat_at - time.monotonic())
-            if self.state == LEFT:
-                return
+            self.changed.wait_for(lambda: self.state == LEFT or self._may_join() or self._news(),
+                                  self.beat_at - time.monotonic())
             if self._may_join():
-                return self._to(JOINING)
-            fenced = self.state == FENCED
+                self._to(JOINING)
+            if self.state in (JOINING, LEFT):
+                return
         if time.monotonic() >= self.beat_at:
             self.beat_at = time.monotonic() + HEARTBEAT_SECONDS
-            if not fenced:
+            if self.state != FENCED:
                 self._call("Heartbeat", SESSION_MS / 3000)
-        if not fenced:
-            self._commit()
+        self._commit()
 
     def _may_join(self):
         late = time.monotonic() > self.rebalance_at + LET_GO_SECONDS
-        return not self.hands and (self.state == FENCED or self.state == REBALANCING
-                                   and (late or not self._news()))
+        return (not self.hands and self.state in (FENCED, REBALANCING)
+                and (late or not self._news()))
 
     def _news(self):
         """Return {partition: its progress} of those about which the group does not know it yet."""
@@ -1598,8 +1582,8 @@ class Kafka:
     by SIGTERM only.
 
     An update that was given up comes again. An envelope whose bot_id is not BOT_ID is passed over.
-    Refused and ConfigError may come from any method; every other failure is waited out.
-    Interrupted: the bot has to stop, or the update belongs to another bot now.
+    Every failure but Refused is waited out. Interrupted: the bot has to stop, or the update belongs
+    to another bot now.
     """
 
     def __init__(self, environ, stopping):
@@ -1609,13 +1593,12 @@ class Kafka:
         self.failures = 0           # of take(), in a row
         self.leaders = {}           # partition: the address of its leader, or None
         self.readers = {}           # address: the thread that fetches from it
-        self.failure = None         # what has ended a reader, and ends the bot
 
     def take(self):
         """Return (update, receipt), or None when none came within about half a second."""
         if self.stopping.requested:
             return None
-        self.member = self.member or Member(self.settings)
+        self.member = self.member or Member(self.settings, self.stopping)
         try:
             if not self.member.is_stable(FETCH_MS / 1000):
                 return None
@@ -1627,12 +1610,10 @@ class Kafka:
         except Interrupted:
             return None
         with self.member.changed:
-            self.member.changed.wait_for(lambda: self.failure or any(
-                partition.may_be_handed_out() for partition in self.member.partitions),
+            self.member.changed.wait_for(
+                lambda: any(map(Partition.may_be_handed_out, self.member.partitions)),
                 FETCH_MS / 1000)
             receipt = self._next()
-        if self.failure:
-            raise self.failure
         return receipt and (receipt.update, receipt)
 
     def reply(self, receipt, call):
@@ -1731,8 +1712,7 @@ class Kafka:
             except Interrupted:
                 break
             except Exception as error:
-                self.failure = error
-                break
+                self.stopping.fail(error)
         cluster.close()
 
     def _read_once(self, member, leader, cluster):
@@ -1862,62 +1842,40 @@ class Crew:
 
     def __init__(self, source, sidecar, stopping, size):
         self.source, self.sidecar, self.stopping, self.size = source, sidecar, stopping, size
-        self.work = queue.Queue()       # (update, receipt, the end of the one before, its own end)
-        self.threads = 0
-        self.changed = threading.Condition()        # guards what follows
-        self.in_hand = 0
-        self.last = {}                  # chat: the end, an Event, of its last update in hand
-        self.failure = None             # the first exception that ends the bot
+        self.threads = futures.ThreadPoolExecutor(size)
+        self.in_hand = []               # (chat, what becomes of the update), the oldest first
 
     def has_room(self, seconds):
         """Return whether one more update may be taken, within `seconds`."""
-        with self.changed:
-            return self.changed.wait_for(lambda: self.in_hand < self.size, seconds)
+        if len(self.in_hand) == self.size:
+            futures.wait([future for _, future in self.in_hand], seconds, futures.FIRST_COMPLETED)
+        self.in_hand = [(chat, future) for chat, future in self.in_hand if not future.done()]
+        return len(self.in_hand) < self.size
 
     def finish(self):
-        """Return when nothing is in hand any more. Raises what ends the bot."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.in_hand)
-            if self.failure:
-                raise self.failure
+        """Return when nothing is in hand any more."""
+        futures.wait([future for _, future in self.in_hand])
 
     def begin(self, update, receipt):
         """Let a thread handle an update; there is room."""
-        chat, end = chat_of(update), threading.Event()
-        end.given_up = False
-        with self.changed:
-            self.in_hand += 1
-            before = self.last.get(chat)
-            if chat is not None:
-                self.last[chat] = end
-        self.work.put((update, receipt, before, end))
-        if self.in_hand > self.threads:
-            self.threads += 1
-            threading.Thread(target=self._work, daemon=True).start()
+        chat = chat_of(update)
+        before = next((future for other, future in reversed(self.in_hand)
+                       if chat is not None and other == chat), None)
+        self.in_hand.append((chat, self.threads.submit(self._work, update, receipt, before)))
 
-    def _work(self):
-        while True:
-            update, receipt, before, end = self.work.get()
-            failure = None
-            try:
-                with self.sidecar.track():
-                    if before:
-                        before.wait()
-                    if before and before.given_up and self.stopping.requested:
-                        raise Interrupted       # so that it does not come before that one
-                    handle(self.source, update, receipt)
-            except Interrupted:
-                end.given_up = True
-            except Exception as error:
-                failure = error
-                self.stopping.request()
-            end.set()
-            with self.changed:
-                self.in_hand -= 1
-                self.failure = self.failure or failure
-                if self.last.get(chat_of(update)) is end:
-                    del self.last[chat_of(update)]
-                self.changed.notify_all()
+    def _work(self, update, receipt, before):
+        """Return whether an update is done; else it was given up, or has ended the bot."""
+        try:
+            with self.sidecar.track():
+                if before and not before.result() and self.stopping.requested:
+                    raise Interrupted       # so that it does not come before that one
+                handle(self.source, update, receipt)
+            return True
+        except Interrupted:
+            return False
+        except Exception as error:
+            self.stopping.fail(error)
+            return False
 
 
 def handle(source, update, receipt):
@@ -1951,16 +1909,17 @@ def run(source, sidecar, stopping, concurrency):
                     crew.begin(*taken)          # else it comes again: nobody acknowledges it
     except EOFError:
         pass
-    except BaseException:
-        stopping.request()
-        raise
-    finally:
-        try:
-            crew.finish()
-        finally:
-            source.close()
-            sidecar.close()
-            log.info("stopped")
+    except Exception as error:
+        stopping.fail(error)
+    crew.finish()
+    try:
+        source.close()
+    except Exception as error:
+        stopping.fail(error)
+    sidecar.close()
+    log.info("stopped")
+    if stopping.failure:
+        raise stopping.failure
 
 
 def read_concurrency(environ):
