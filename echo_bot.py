@@ -34,6 +34,8 @@ and for Kafka 2.2 or newer, where updates come as {"bot_id", "update"} and repli
 """
 import base64
 import collections
+import contextlib
+import functools
 import hashlib
 import hmac
 import http.client
@@ -69,10 +71,6 @@ class ConfigError(Exception):
 
 class Refused(Exception):
     """A server refuses, and trying again is of no use: one line for the user, and exit status 1."""
-
-    def __init__(self, text, code=None):
-        super().__init__(text)
-        self.code = code
 
 
 class Interrupted(Exception):
@@ -164,6 +162,33 @@ class Stopping:
             if futures.wait([future], 0.1).done:
                 return future.result()
         return None
+
+
+@contextlib.contextmanager
+def borrowed(pool, make, *args):
+    """Lend something from a pool, or make(*args) when all are in use; after an exception it is
+    closed and not used again."""
+    try:
+        thing = pool.pop()
+    except IndexError:
+        thing = make(*args)
+    try:
+        yield thing
+    except BaseException:
+        thing.close()
+        raise
+    pool.append(thing)
+
+
+def retry_delay(failures, first_seconds=0.2, longest_seconds=3.0):
+    """Return seconds to wait before another try, after so many failures in a row."""
+    return min(longest_seconds, first_seconds * 2 ** min(failures - 1, 10)) * random.uniform(0.5, 1)
+
+
+def log_retry(what, error, failures, delay):
+    """Log a failure that is waited out; no warning the first time, since it may soon be over."""
+    log.log(logging.WARNING if failures > 1 else logging.INFO, "%s: %s; trying again in %.1f s",
+            what, error, delay)
 
 
 STOP_SECONDS = 5.0              # after a signal, a reply that fails is tried again for so long
@@ -305,14 +330,8 @@ class Telegram:
         return update, update["update_id"]
 
     def reply(self, receipt, call):
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self._new_connection()
-        try:
+        with borrowed(self._idle, self._new_connection) as connection:
             self._send(connection, *call)
-        finally:
-            self._idle.append(connection)
 
     def acknowledge(self, receipt):
         with self._changed:
@@ -383,9 +402,9 @@ class Telegram:
         if self.stopping.requested and (
                 told or self.stopping.for_longer_than(STOP_SECONDS, since)):
             raise Interrupted
-        delay = min(self.MAX_DELAY_SECONDS, 2.0 ** min(attempt, 10)) * random.uniform(0.25, 0.5)
+        delay = retry_delay(attempt, 1.0, self.MAX_DELAY_SECONDS)
         delay = told if isinstance(told, (int, float)) else delay
-        log.warning("%s failed, next try in %.1f s: %s %s", method, delay, code or "", description)
+        log_retry(method, "%d %s" % (code, description) if code else description, attempt, delay)
         if self.stopping.requested:
             time.sleep(min(delay, 0.5))
         self.stopping.sleep(delay)
@@ -447,6 +466,15 @@ INT8, INT16, INT32, INT64, BOOLEAN, STRING, BYTES = "b", "h", "i", "q", "?", "st
 def by_topic(**partition):
     """Return the schema that most requests and answers have in common: topics, their partitions."""
     return [dict(name=STRING, partitions=[partition])]
+
+
+def one_topic(name, partitions):
+    """Return what a request has by that schema: the bot asks about one topic at a time."""
+    return [dict(name=name, partitions=partitions)]
+
+
+def partitions_of(answer):
+    return [partition for topic in answer["topics"] for partition in topic["partitions"]]
 
 
 # name: (key, version, request, answer). A dict is a structure, a list an array of what is in it.
@@ -534,7 +562,9 @@ ERRORS = {
     24: ("INVALID_GROUP_ID", STOP), 25: ("UNKNOWN_MEMBER_ID", EXPELLED),
     26: ("INVALID_SESSION_TIMEOUT", STOP),
     27: ("REBALANCE_IN_PROGRESS", REJOIN), 29: ("TOPIC_AUTHORIZATION_FAILED", STOP),
-    30: ("GROUP_AUTHORIZATION_FAILED", STOP), 31: ("CLUSTER_AUTHORIZATION_FAILED", STOP),
+    30: ("GROUP_AUTHORIZATION_FAILED", STOP),
+    # Before Kafka 2.8 a producer's id took a right of its own.
+    31: ("CLUSTER_AUTHORIZATION_FAILED (IdempotentWrite?)", STOP),
     32: ("INVALID_TIMESTAMP (is this machine's clock right?)", TRY),
     33: ("UNSUPPORTED_SASL_MECHANISM", STOP),
     34: ("ILLEGAL_SASL_STATE (is KAFKA_SECURITY_PROTOCOL right?)", STOP),
@@ -546,8 +576,7 @@ ERRORS = {
     59: ("UNKNOWN_PRODUCER_ID", RENEW), 72: ("LISTENER_NOT_FOUND", LOOK),
     74: ("FENCED_LEADER_EPOCH", LOOK), 75: ("UNKNOWN_LEADER_EPOCH", LOOK),
     76: ("UNSUPPORTED_COMPRESSION_TYPE (set the topic's compression.type to lz4)", STOP),
-    78: ("OFFSET_NOT_AVAILABLE", TRY),
-    79: ("MEMBER_ID_REQUIRED", REJOIN), 81: ("GROUP_MAX_SIZE_REACHED", TRY),
+    78: ("OFFSET_NOT_AVAILABLE", TRY), 81: ("GROUP_MAX_SIZE_REACHED", TRY),
     87: ("INVALID_RECORD (does the topic want keys?)", SKIP),
     88: ("UNSTABLE_OFFSET_COMMIT", TRY), 89: ("THROTTLING_QUOTA_EXCEEDED", TRY),
     90: ("PRODUCER_FENCED", RENEW)}
@@ -569,12 +598,12 @@ FIRST_TRIES = 6                 # what fails as often before any broker has answ
 
 
 class KafkaError(Exception):
-    """An error code of a broker that it may be worth trying again after; `answer` had it."""
+    """An error code of a broker that it may be worth trying again after."""
 
-    def __init__(self, code, about, answer=None):
+    def __init__(self, code, about):
         name, self.action = ERRORS.get(code, ("Kafka's error %d" % code, TRY))
         super().__init__("%s: %s" % (about, name))
-        self.code, self.answer = code, answer
+        self.code = code
 
 
 class Malformed(Exception):
@@ -584,13 +613,11 @@ class Malformed(Exception):
 TROUBLE = (OSError, KafkaError, Malformed)      # what is waited out
 
 
-def check(code, about, answer=None):
+def check(code, about):
     """Raise for an error code: Refused where trying again is of no use, else KafkaError."""
-    name, action = ERRORS.get(code, ("", TRY))
-    if action == STOP:
-        raise Refused("Kafka refuses %s: %s" % (about, name), code)
     if code:
-        raise KafkaError(code, about, answer)
+        error = KafkaError(code, about)
+        raise Refused("Kafka refuses %s" % error) if error.action == STOP else error
 
 
 def first_error(answer):
@@ -1063,10 +1090,9 @@ class Connection:
         answer = decoder.value(expected)
         code = first_error(answer) if errors else 0
         if code:
-            names = [getattr(topic, "get", {"name": topic}.get)("name")
-                     for topic in request.get("topics", ())]
+            names = [topic["name"] for topic in request.get("topics", ())]
             about = ", ".join(names) or request.get("group") or self.name
-            check(code, "%s (%s)" % (api, about), answer)
+            check(code, "%s (%s)" % (api, about))
         if decoder.position != len(decoder.data):
             raise Malformed("the length of an answer of " + self.name)
         return answer
@@ -1148,10 +1174,14 @@ class Cluster:
             self.coordinator_at = answer["host"], answer["port"]
         return self.coordinator_at
 
-    def look_again(self):
-        """Take nothing for granted that brokers have told of leaders and the coordinator."""
+    def note_failure(self, what, error, failures):
+        """Log a failure, and take nothing for granted any more that brokers have told of leaders
+        and the coordinator. Return seconds to wait."""
+        delay = retry_delay(failures)
+        log_retry(what, error, failures, delay)
         self.looked.clear()
         self.coordinator_at = None
+        return delay
 
     def close(self):
         for address in list(self.connections):
@@ -1217,15 +1247,12 @@ class Partition:
         """Return whether there is a record to hand out."""
         return bool(self.records) and len(self.done) < WINDOW
 
-    def start_anew(self):
-        """Begin at the earliest offset, since the next one is not there any more."""
-        self.position, self.done = None, set()
-
     def is_told(self, offset):
         """Return whether the group knows that an offset is done."""
         return bool(self.committed) and (self.committed[0] > offset or offset in self.committed[1])
 
 
+MEMBER_ID_REQUIRED = 79
 JOINING, STABLE, REBALANCING = "joining", "stable", "rebalancing"
 FENCED, LEFT = "fenced", "left"
 
@@ -1254,6 +1281,7 @@ class Member:
         self.leaving = False
         self.changed = threading.Condition()        # guards what follows, and the partitions
         self.state, self.partitions = JOINING, []
+        self.leaders = {}           # partition: the address of its leader, or None
         self.hands = 0              # receipts whose updates are neither done nor given up
         self.heard_at = 0.0         # when the group last knew us
         self.rebalance_at = 0.0     # when the state became REBALANCING
@@ -1267,12 +1295,6 @@ class Member:
         """Return whether updates may be taken, within `seconds`."""
         with self.changed:
             return self.changed.wait_for(lambda: self.state == STABLE, seconds)
-
-    def topic_has(self, count):
-        """Say how many partitions the topic has: where that is new, the group's leader acts."""
-        with self.changed:
-            if self.partition_count not in (None, count):
-                self._to(REBALANCING)
 
     def owns(self, partition):
         """Return whether we may write replies to its updates; None: not known at the moment."""
@@ -1347,12 +1369,12 @@ class Member:
         self.state = state
         self.changed.notify_all()
 
-    def _call(self, api, seconds=ANSWER_SECONDS, **fields):
+    def _call(self, api, seconds=ANSWER_SECONDS, errors=True, **fields):
         """Call the coordinator, with the fields by which the group knows us."""
         fields.update(group=self.settings.group, generation=self.generation, member_id=self.id)
         address = self.cluster.coordinator()
         self.reached = True
-        answer = self.cluster.call(address, api, fields, seconds=seconds)
+        answer = self.cluster.call(address, api, fields, seconds=seconds, errors=errors)
         self.heard_at = time.monotonic()
         return answer
 
@@ -1360,9 +1382,13 @@ class Member:
         """Take part in the next generation; that waits until each member has done its updates."""
         topic, seconds = self.settings.incoming, REBALANCE_MS / 1000 + 5
         subscription = encode(SUBSCRIPTION, dict(version=0, topics=[topic], user_data=b""))
-        answer = self._call("JoinGroup", seconds, session_timeout_ms=SESSION_MS,
+        answer = self._call("JoinGroup", seconds, errors=False, session_timeout_ms=SESSION_MS,
                             rebalance_timeout_ms=REBALANCE_MS, protocol_type="consumer",
                             protocols=[dict(name="range", metadata=subscription)])
+        if answer["error"] == MEMBER_ID_REQUIRED:
+            self.id = answer["member_id"]
+            return
+        check(answer["error"], "JoinGroup (%s)" % self.settings.group)
         self.id, self.generation = answer["member_id"], answer["generation"]
         self.partition_count = None
         shares = self._share_out(answer["members"]) if answer["leader"] == self.id else []
@@ -1370,10 +1396,10 @@ class Member:
         topics = Decoder(share).value(ASSIGNMENT)["topics"] if share else []
         indexes = [index for entry in topics if entry["name"] == topic
                    for index in entry["partitions"]]
-        answer = self._call("OffsetFetch", topics=[dict(name=topic, partitions=indexes)])
+        answer = self._call("OffsetFetch", topics=one_topic(topic, indexes))
         with self.changed:
             self.partitions = [Partition(part["index"], part["offset"], part["metadata"])
-                               for entry in answer["topics"] for part in entry["partitions"]]
+                               for part in partitions_of(answer)]
             self._to(STABLE)
         log.info("group %s, generation %d: partitions %s of %s", self.settings.group,
                  self.generation, ", ".join(map(str, indexes)) or "none", topic)
@@ -1400,11 +1426,24 @@ class Member:
                 self._to(JOINING)
             if self.state in (JOINING, LEFT):
                 return
-        if time.monotonic() >= self.beat_at:
+        due = time.monotonic() >= self.beat_at
+        if due:
             self.beat_at = time.monotonic() + HEARTBEAT_SECONDS
             if self.state != FENCED:
                 self._call("Heartbeat", SESSION_MS / 3000)
         self._commit()
+        if due:
+            self._look_at_topic()
+
+    def _look_at_topic(self):
+        """Find out who leads the partitions, and whether there are more than we have shared out."""
+        leaders = self.cluster.leaders(self.settings.incoming)
+        with self.changed:
+            self.leaders = leaders
+            if self.partition_count not in (None, len(leaders)):
+                self._to(REBALANCING)
+        if not leaders:
+            raise KafkaError(3, "topic " + self.settings.incoming)
 
     def _may_join(self):
         late = time.monotonic() > self.rebalance_at + LET_GO_SECONDS
@@ -1423,11 +1462,10 @@ class Member:
             news = self._news()
         if not news:
             return
-        self._call("OffsetCommit", retention_ms=-1, topics=[dict(
-            name=self.settings.incoming, partitions=[dict(
-                index=partition.index, offset=mark, metadata="done:" + ",".join(
-                    str(offset - mark) for offset in sorted(done)) if done else None)
-                for partition, (mark, done) in news.items()])])
+        self._call("OffsetCommit", retention_ms=-1, topics=one_topic(self.settings.incoming, [
+            dict(index=partition.index, offset=mark, metadata="done:" + ",".join(
+                str(offset - mark) for offset in sorted(done)) if done else None)
+            for partition, (mark, done) in news.items()]))
         with self.changed:
             for partition, progress in news.items():
                 partition.committed = progress
@@ -1435,12 +1473,9 @@ class Member:
 
     def _mend(self, error):
         """Do what an error asks for; what has no other remedy is waited out."""
-        action, code = getattr(error, "action", None), getattr(error, "code", None)
+        action = getattr(error, "action", None)
         if action == REJOIN:
             self.heard_at = time.monotonic()
-            if code == 79:          # MEMBER_ID_REQUIRED: the answer has it
-                self.id = error.answer["member_id"]
-                return
             with self.changed:
                 self._to(REBALANCING)
                 self.changed.wait_for(lambda: self.state == LEFT, 0.1)
@@ -1448,24 +1483,22 @@ class Member:
         self.failures += 1
         if action == EXPELLED:
             log.warning("expelled from the group: %s", error)
-            self.id = "" if code == 25 else self.id         # UNKNOWN_MEMBER_ID
+            if error.code == 25:        # UNKNOWN_MEMBER_ID
+                self.id = ""
             with self.changed:
-                return self._to(JOINING if self.state == JOINING else FENCED)
+                return self._to(FENCED)
         wrong = (socket.gaierror, ssl.SSLError, ConnectionResetError, BrokenPipeError)
         if not self.reached and self.failures >= FIRST_TRIES and isinstance(error, wrong):
             raise Refused("KAFKA_BROKERS, KAFKA_SECURITY_PROTOCOL or KAFKA_SSL_CERTFILE is "
                           "wrong: %s" % error)
-        delay = retry_delay(self.failures)
-        log.warning("group %s: %s; trying again in %.1f s", self.settings.group, error, delay)
-        self.cluster.look_again()
+        delay = self.cluster.note_failure("group " + self.settings.group, error, self.failures)
         with self.changed:
             self.changed.wait_for(lambda: self.state == LEFT, delay)
 
     def _leave(self):
         self.leaving = True
         try:
-            if self.partitions:
-                self._commit()
+            self._commit()
         except (Refused, Interrupted) + TROUBLE as error:
             log.warning("the last updates were not committed, and may be done again: %s",
                         error or "no answer")
@@ -1475,11 +1508,6 @@ class Member:
                 log.info("left group %s", self.settings.group)
         except (Refused, Interrupted) + TROUBLE as error:
             log.warning("group %s was not left: %s", self.settings.group, error or "no answer")
-
-
-def retry_delay(failures):
-    """Return seconds to wait before another try: 0.1 to 3, more after more failures in a row."""
-    return min(3, 0.1 * 2 ** min(failures, 10)) * random.uniform(0.5, 1)
 
 
 # ---- Kafka: the producer ------------------------------------------------------------------------
@@ -1500,64 +1528,57 @@ class Producer:
     def append(self, topic, key, value, may_write):
         """Append a record, and return when each replica has it.
 
-        may_write(since, unsure) is asked before each try, and raises where the record is to be
-        given up; `since`: when it was first tried; `unsure`: an earlier try may have written it.
-        KafkaError: the topic refuses the record.
+        may_write(since, unsure) is asked until it is true before each try, and raises where the
+        record is to be given up; `since`: when it was first tried; `unsure`: an earlier try may
+        have written it. KafkaError: the topic refuses the record.
         """
-        partition, unsure, self.since = None, False, time.monotonic()
+        partition, unsure, retry_at, self.since = None, False, 0.0, time.monotonic()
         for failures in itertools.count(1):
-            may_write(self.since, unsure)
+            while not may_write(self.since, unsure) or time.monotonic() < retry_at:
+                time.sleep(0.05)
             sending = False
             try:
-                leaders = self.cluster.leaders(topic, create=True)
-                if partition not in leaders:        # it stays the same, so that a repeat is known
-                    partition = self._choose(topic, key, leaders)
-                self._get_id(leaders[partition])
+                partition, leader = self._place(topic, key, partition)
+                self._get_id(leader)
                 sending = True
-                return self._produce(topic, partition, leaders[partition], key, value)
+                return self._produce(topic, partition, leader, key, value)
             except TROUBLE as error:
                 action = getattr(error, "action", UNSURE)
                 if action == SKIP or sending and failures > 3 and getattr(error, "code", 0) == 2:
                     raise       # before Kafka 2.4 code 2 was also what INVALID_RECORD is now
                 unsure = unsure or sending and action == UNSURE
-                delay = retry_delay(failures)
-                if not failures & failures - 1:         # the 1st, 2nd, 4th, 8th ...
-                    log.warning("writing to %s: %s; trying again in %.1f s", topic, error, delay)
-            self.cluster.look_again()
-            self._pause(delay, may_write, unsure)
+                retry_at = time.monotonic() + self.cluster.note_failure(
+                    "writing to " + topic, error, failures)
 
-    def _pause(self, seconds, may_write, unsure):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            may_write(self.since, unsure)
-            time.sleep(0.05)
+    def close(self):
+        self.cluster.close()
 
-    def _choose(self, topic, key, leaders):
+    def _place(self, topic, key, partition):
+        """Return the partition for a record and its leader. It is the one that was tried before, as
+        long as there is such a one, so that a repeat is known."""
+        leaders = self.cluster.leaders(topic, create=True)
         if not leaders:
             raise KafkaError(3, "topic " + topic)
-        return (random.getrandbits(31) if key is None else murmur2(key)) % len(leaders)
+        if partition not in leaders:
+            number = random.getrandbits(31) if key is None else murmur2(key)
+            partition = number % len(leaders)
+        if not leaders[partition]:
+            raise KafkaError(5, "topic %s, partition %d" % (topic, partition))
+        return partition, leaders[partition]
 
     def _get_id(self, address):
-        if not address:
-            raise KafkaError(5, "a partition of the topic")
-        if self.id:
-            return
-        try:
+        if not self.id:
             answer = self.cluster.call(address, "InitProducerId",
                                        dict(transactional_id=None, timeout_ms=60000))
             self.id, self.sequences = (answer["producer_id"], answer["epoch"]), {}
-        except Refused as error:
-            if error.code != 31:    # before Kafka 2.8 an id took a right of its own: do without
-                raise
-            self.id = -1, -1
 
     def _produce(self, topic, partition, address, key, value):
-        sequence = self.sequences.get((topic, partition), 0) if self.id[0] >= 0 else -1
+        sequence = self.sequences.get((topic, partition), 0)
         records = encode_batch(key, value, self.id[0], self.id[1], sequence)
         try:
             self.cluster.call(address, "Produce", dict(
-                transactional_id=None, acks=-1, timeout_ms=10000, topics=[dict(
-                    name=topic, partitions=[dict(index=partition, records=records)])]))
+                transactional_id=None, acks=-1, timeout_ms=10000,
+                topics=one_topic(topic, [dict(index=partition, records=records)])))
         except KafkaError as error:
             if error.action == RENEW:
                 self.id = None
@@ -1568,13 +1589,119 @@ class Producer:
 
 # ---- Kafka: the source --------------------------------------------------------------------------
 
+class Reader(threading.Thread):
+    """Fetches from one leader, as long as it leads anything for us, so that none waits for another.
+    """
+
+    def __init__(self, settings, stopping, member, leader):
+        super().__init__(daemon=True)
+        self.topic, self.stopping, self.member, self.leader = (
+            settings.incoming, stopping, member, leader)
+        self.cluster = Cluster(settings, self._is_over)
+        self.start()
+
+    def _is_over(self):
+        return (self.stopping.requested or self.member.state == LEFT
+                or self.leader not in self.member.leaders.values())
+
+    def run(self):
+        failures = 0
+        while not self._is_over():
+            try:
+                self._read()
+                failures = 0
+            except TROUBLE as error:
+                failures += 1
+                self.member.cluster.looked.clear()
+                self.stopping.sleep(self.cluster.note_failure(
+                    "reading %s from %s:%d" % ((self.topic,) + self.leader), error, failures))
+            except Interrupted:
+                break
+            except Exception as error:
+                self.stopping.fail(error)
+        self.cluster.close()
+
+    def _read(self):
+        """Fetch those of the leader's partitions that have no records left, when there are some."""
+        def led():
+            return [partition for partition in self.member.partitions
+                    if self.member.leaders.get(partition.index) == self.leader]
+
+        def hungry():
+            return [partition for partition in led() if not partition.records
+                    and time.monotonic() > partition.rests_until]
+
+        with self.member.changed:
+            partitions = self.member.changed.wait_for(hungry, FETCH_MS / 1000)
+            wait_ms = FETCH_MS if len(partitions) == len(led()) else BUSY_FETCH_MS
+        if partitions:
+            self._fetch(partitions, wait_ms)
+
+    def _fetch(self, partitions, wait_ms):
+        """Fetch partitions from their leader, which waits for wait_ms where it has nothing."""
+        for partition in partitions:
+            if partition.position is None:
+                earliest = self._find_earliest(partition)
+                with self.member.changed:
+                    partition.position = earliest
+        asked = {partition.index: partition.position for partition in partitions}
+        answer = self.cluster.call(self.leader, "Fetch", dict(
+            replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
+            isolation_level=1, session_id=0, session_epoch=-1, forgotten=[],
+            topics=one_topic(self.topic, [dict(
+                index=index, leader_epoch=-1, offset=offset, log_start_offset=-1,
+                max_bytes=PARTITION_BYTES) for index, offset in asked.items()])), errors=False)
+        check(answer["error"], "Fetch")
+        fetched = {part["index"]: part for part in partitions_of(answer)}
+        for partition in partitions:
+            if partition.index in fetched:
+                self._keep(partition, asked[partition.index], fetched[partition.index])
+
+    def _find_earliest(self, partition):
+        answer = self.cluster.call(self.leader, "ListOffsets", dict(
+            replica_id=-1, isolation_level=1, topics=one_topic(self.topic, [dict(
+                index=partition.index, time_ms=-2)])))      # -2: the earliest
+        for part in partitions_of(answer):
+            return part["offset"]
+        raise Malformed("an answer without the earliest offset")
+
+    def _keep(self, partition, offset, part):
+        """Keep what a Fetch from an offset on brought, or note why it brought nothing."""
+        place, code, batches = "%s, partition %d" % (self.topic, partition.index), part["error"], []
+        if ERRORS.get(code, ("", TRY))[1] == START:
+            log.warning("%s: offset %d is not there any more: from the earliest on", place, offset)
+        else:
+            check(code, "Fetch (%s)" % place)
+            try:
+                batches.extend(decode_batches(part["records"] or b"", part["aborted"], self.topic))
+            except Malformed as error:
+                partition.rests_until = time.monotonic() + 1
+                log.warning("partition %d: %s; trying again in 1 s", partition.index, error)
+        with self.member.changed:
+            if partition.position != offset:        # a new leader was faster than this one
+                return
+            if code:        # the next offset is gone
+                partition.position, partition.done = None, set()
+            for after, records in batches:
+                partition.fill(after, records)
+            self.member.changed.notify_all()
+
+
 class Receipt:
     """What an update came as: a record of a partition, which a member of the group was given."""
 
     def __init__(self, member, partition, record, topic):
         self.member, self.partition, (self.offset, self.key, self.value) = member, partition, record
         self.place = "%s, partition %d, offset %d" % (topic, partition.index, self.offset)
-        self.update, self.broken = {}, None
+        self.update, self.bot_id, self.broken = {}, None, None      # broken: why there is no update
+        try:
+            envelope = json.loads(self.value)
+            update, self.bot_id = envelope["update"], str(envelope["bot_id"])
+            if not isinstance(update, dict):
+                raise TypeError
+            self.update = update
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            self.broken = type(error).__name__
 
 
 class Kafka:
@@ -1588,28 +1715,20 @@ class Kafka:
 
     def __init__(self, environ, stopping):
         self.settings, self.stopping, self.member = kafka_settings(environ), stopping, None
-        self.cluster = Cluster(self.settings, lambda: stopping.requested)     # only take() calls it
         self.producers = collections.deque()        # those that no thread uses at the moment
-        self.failures = 0           # of take(), in a row
-        self.leaders = {}           # partition: the address of its leader, or None
-        self.readers = {}           # address: the thread that fetches from it
+        self.readers = {}           # address: the one that fetches from it
 
     def take(self):
         """Return (update, receipt), or None when none came within about half a second."""
         if self.stopping.requested:
             return None
         self.member = self.member or Member(self.settings, self.stopping)
-        try:
-            if not self.member.is_stable(FETCH_MS / 1000):
-                return None
-            self._see_to_readers()
-            self.failures = 0
-        except TROUBLE as error:
-            self.failures += 1
-            self._wait_out(self.settings.incoming, error, self.failures)
-        except Interrupted:
+        if not self.member.is_stable(FETCH_MS / 1000):
             return None
         with self.member.changed:
+            for leader in set(self.member.leaders.values()) - {None}:
+                if leader not in self.readers or not self.readers[leader].is_alive():
+                    self.readers[leader] = Reader(self.settings, self.stopping, self.member, leader)
             self.member.changed.wait_for(
                 lambda: any(map(Partition.may_be_handed_out, self.member.partitions)),
                 FETCH_MS / 1000)
@@ -1642,10 +1761,8 @@ class Kafka:
         if self.member:
             self.member.leave()
         self.member = None
-        self.cluster.close()
-        self.cluster.look_again()
         while self.producers:
-            self.producers.pop().cluster.close()
+            self.producers.pop().close()
 
     def _next(self):
         """Return the receipt of the next update, of each partition in turn, or None."""
@@ -1658,137 +1775,12 @@ class Kafka:
         record = partition.records.popleft()
         self.member.changed.notify_all()    # its reader may fetch more
         receipt = Receipt(self.member, partition, record, self.settings.incoming)
-        if not self._open(receipt):
+        if not receipt.broken and self.settings.bot_id not in (None, "", receipt.bot_id):
+            log.info("%s is for another bot: passed over", receipt.place)
             return None
         partition.in_hand.add(receipt.offset)
         self.member.hands += 1
         return receipt
-
-    def _open(self, receipt):
-        """Put the update, or why there is none, into a receipt. Return whether it is for us."""
-        try:
-            envelope = json.loads(receipt.value)
-            update, bot_id = envelope["update"], envelope["bot_id"]
-            if not isinstance(update, dict):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            receipt.broken = type(error).__name__
-            return True
-        receipt.update = update
-        if self.settings.bot_id and str(bot_id) != self.settings.bot_id:
-            log.info("%s is for another bot: passed over", receipt.place)
-            return False
-        return True
-
-    def _see_to_readers(self):
-        """Let a thread fetch from each leader, so that none waits for another."""
-        self.leaders = self.cluster.leaders(self.settings.incoming)
-        self.member.topic_has(len(self.leaders))
-        if not self.leaders:
-            log.warning("topic %s does not exist yet", self.settings.incoming)
-            self.stopping.sleep(2)
-        for leader in set(self.leaders.values()) - {None}:
-            reader = self.readers.get(leader)
-            if not (reader and reader.is_alive()):
-                self.readers[leader] = threading.Thread(
-                    target=self._read, args=(self.member, leader), daemon=True)
-                self.readers[leader].start()
-
-    def _read(self, member, leader):
-        """Fetch from a leader, as long as it leads anything for us."""
-        def ended():
-            return (self.stopping.requested or self.member is not member
-                    or leader not in self.leaders.values())
-
-        cluster, failures = Cluster(self.settings, ended), 0
-        while not ended():
-            try:
-                self._read_once(member, leader, cluster)
-                failures = 0
-            except TROUBLE as error:
-                failures += 1
-                self._wait_out("%s from %s:%d" % ((self.settings.incoming,) + leader), error,
-                               failures)
-            except Interrupted:
-                break
-            except Exception as error:
-                self.stopping.fail(error)
-        cluster.close()
-
-    def _read_once(self, member, leader, cluster):
-        """Fetch those of a leader's partitions that have no records left, when there are some."""
-        def led():
-            return [partition for partition in member.partitions
-                    if self.leaders.get(partition.index) == leader]
-
-        def hungry():
-            return [partition for partition in led() if not partition.records
-                    and time.monotonic() > partition.rests_until]
-
-        with member.changed:
-            partitions = member.changed.wait_for(hungry, FETCH_MS / 1000)
-            wait_ms = FETCH_MS if len(partitions) == len(led()) else BUSY_FETCH_MS
-        if partitions:
-            self._fetch(cluster, leader, member, partitions, wait_ms)
-
-    def _wait_out(self, what, error, failures):
-        delay = retry_delay(failures)
-        log.warning("reading %s: %s; trying again in %.1f s", what, error, delay)
-        self.cluster.look_again()
-        self.stopping.sleep(delay)
-
-    def _fetch(self, cluster, leader, member, partitions, wait_ms):
-        """Fetch partitions from their leader, which waits for wait_ms where it has nothing."""
-        for partition in partitions:
-            if partition.position is None:
-                earliest = self._find_earliest(cluster, leader, partition)
-                with member.changed:
-                    partition.position = earliest
-        asked = {partition.index: partition.position for partition in partitions}
-        answer = cluster.call(leader, "Fetch", dict(
-            replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
-            isolation_level=1, session_id=0, session_epoch=-1, forgotten=[], topics=[dict(
-                name=self.settings.incoming, partitions=[dict(
-                    index=index, leader_epoch=-1, offset=offset, log_start_offset=-1,
-                    max_bytes=PARTITION_BYTES) for index, offset in asked.items()])]), errors=False)
-        check(answer["error"], "Fetch")
-        fetched = {part["index"]: part for entry in answer["topics"]
-                   for part in entry["partitions"]}
-        for partition in partitions:
-            if partition.index in fetched:
-                self._keep(member, partition, asked[partition.index], fetched[partition.index])
-
-    def _find_earliest(self, cluster, leader, partition):
-        answer = cluster.call(leader, "ListOffsets", dict(
-            replica_id=-1, isolation_level=1, topics=[dict(
-                name=self.settings.incoming,
-                partitions=[dict(index=partition.index, time_ms=-2)])]))    # -2: the earliest
-        found = [part["offset"] for entry in answer["topics"] for part in entry["partitions"]]
-        if not found:
-            raise Malformed("an answer without the earliest offset")
-        return found[0]
-
-    def _keep(self, member, partition, offset, part):
-        """Keep what a Fetch from an offset on brought, or note why it brought nothing."""
-        topic, code, batches = self.settings.incoming, part["error"], []
-        if ERRORS.get(code, ("", TRY))[1] == START:
-            log.warning("%s, partition %d: offset %d is not there any more: from the earliest on",
-                        topic, partition.index, offset)
-        else:
-            check(code, "Fetch (%s, partition %d)" % (topic, partition.index))
-            try:
-                batches.extend(decode_batches(part["records"] or b"", part["aborted"], topic))
-            except Malformed as error:
-                partition.rests_until = time.monotonic() + 1
-                log.warning("partition %d: %s; trying again in 1 s", partition.index, error)
-        with member.changed:
-            if partition.position != offset:        # a new leader was faster than this one
-                return
-            if code:
-                partition.start_anew()
-            for after, records in batches:
-                partition.fill(after, records)
-            member.changed.notify_all()
 
     def _bury(self, receipt):
         """Write a record that is passed over to KAFKA_DEAD_LETTER_TOPIC, where there is one."""
@@ -1800,35 +1792,24 @@ class Kafka:
             log.error("%s: the dead letter is refused too (%s)", receipt.place, error)
 
     def _append(self, receipt, topic, key, value):
-        """Append a record with a producer that nobody uses. KafkaError: the topic refuses it."""
+        """Append a record. KafkaError: the topic refuses it."""
         try:
-            producer = self.producers.pop()
-        except IndexError:
-            producer = Producer(self.settings, self.stopping)
-        try:
-            producer.append(topic, key, value,
-                            lambda *tried: self._may_write(receipt, *tried))
-            self.producers.append(producer)
-        except KafkaError:
-            self.producers.append(producer)
-            raise
-        except BaseException:
-            producer.cluster.close()
+            with borrowed(self.producers, Producer, self.settings, self.stopping) as producer:
+                producer.append(topic, key, value, functools.partial(self._may_write, receipt))
+        except Interrupted:
             receipt.member.release()
             raise
 
     def _may_write(self, receipt, since, unsure):
-        """Return when the record of a receipt is ours to answer. Interrupted: it is given up."""
-        while True:
-            owned = receipt.member.owns(receipt.partition)
-            if owned is False or self.stopping.for_longer_than(
-                    UNSURE_SECONDS if unsure else STOP_SECONDS, since):
-                log.warning("%s is left to who comes next%s", receipt.place, ", and may be done "
-                            "twice: whether it was written is not known" if unsure else "")
-                raise Interrupted
-            if owned:
-                return
-            time.sleep(0.1)
+        """Return whether the record of a receipt is ours to answer; if it is not known at the
+        moment, None. Interrupted: it is given up."""
+        owned = receipt.member.owns(receipt.partition)
+        if owned is False or self.stopping.for_longer_than(
+                UNSURE_SECONDS if unsure else STOP_SECONDS, since):
+            log.warning("%s is left to who comes next%s", receipt.place, ", and may be done "
+                        "twice: whether it was written is not known" if unsure else "")
+            raise Interrupted
+        return owned
 
 
 # ---- The loop -----------------------------------------------------------------------------------

@@ -80,39 +80,15 @@ class KafkaNode:
         self.voters = voters or {number: ports.pop()}
         self.ports = dict(zip(names, ports))
         self.proxy = Proxy(self.ports["PROXIED"])
-        listeners = ["%s://127.0.0.1:%d" % item for item in self.ports.items()]
-        advertised = ["%s://localhost:%d" % (name, self.proxy.port if name == "PROXIED" else port)
-                      for name, port in self.ports.items()]
-        protocols = ["%s:%s" % (name, "PLAINTEXT" if name == "PROXIED" else name) for name in names]
-        config = {
-            "process.roles": "broker,controller", "node.id": number,
+        config = dict(self._listeners(), **{
             "log.dirs": os.path.join(self.folder, "data"),
-            "listeners": ",".join(listeners + ["CONTROLLER://127.0.0.1:%d" % self.voters[number]]),
-            "advertised.listeners": ",".join(advertised), "controller.listener.names": "CONTROLLER",
-            "listener.security.protocol.map": ",".join(protocols + ["CONTROLLER:PLAINTEXT"]),
-            "inter.broker.listener.name": "PLAINTEXT",
-            "controller.quorum.voters": ",".join("%d@127.0.0.1:%d" % voter
-                                                 for voter in self.voters.items()),
             "offsets.topic.num.partitions": 3, "offsets.topic.replication.factor": len(self.voters),
             "transaction.state.log.num.partitions": 1, "transaction.state.log.min.isr": 1,
             "transaction.state.log.replication.factor": len(self.voters),
             "group.initial.rebalance.delay.ms": 300,
             # Its 5 ms a commit are the most of a run's time.
-            "group.coordinator.append.linger.ms": 0}
-        if certificate:
-            config.update({
-                "ssl.keystore.type": "PEM", "ssl.keystore.location": certificate,
-                "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
-                "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-                "super.users": "User:ANONYMOUS", "allow.everyone.if.no.acl.found": "true"})
-            for name in ("sasl_plaintext", "sasl_ssl"):
-                for mechanism, module in (
-                        ("plain", 'plain.PlainLoginModule required user_bot="PASSWORD-1"'),
-                        ("scram-sha-256", "scram.ScramLoginModule required"),
-                        ("scram-sha-512", "scram.ScramLoginModule required")):
-                    config["listener.name.%s.%s.sasl.jaas.config" % (name, mechanism)] = \
-                        "org.apache.kafka.common.security.%s;" % module
-        config.update(settings)
+            "group.coordinator.append.linger.ms": 0})
+        config.update(self._security(certificate) if certificate else {}, **settings)
         self.config = os.path.join(self.folder, "server.properties")
         with open(self.config, "w") as file:
             file.write("".join("%s=%s\n" % item for item in config.items()))
@@ -121,6 +97,38 @@ class KafkaNode:
                  "SCRAM-SHA-256=[name=bot,password=PASSWORD-1]", "--add-scram",
                  "SCRAM-SHA-512=[name=bot,password=PASSWORD-1]")
         self.start()
+
+    def _listeners(self):
+        """Return the settings about the node's ports and the cluster that it is in."""
+        listeners = ["%s://127.0.0.1:%d" % item for item in self.ports.items()]
+        listeners.append("CONTROLLER://127.0.0.1:%d" % self.voters[self.number])
+        advertised = ["%s://localhost:%d" % (name, self.proxy.port if name == "PROXIED" else port)
+                      for name, port in self.ports.items()]
+        protocols = ["%s:%s" % (name, "PLAINTEXT" if name == "PROXIED" else name)
+                     for name in self.ports]
+        return {"process.roles": "broker,controller", "node.id": self.number,
+                "listeners": ",".join(listeners), "advertised.listeners": ",".join(advertised),
+                "controller.listener.names": "CONTROLLER",
+                "listener.security.protocol.map": ",".join(protocols + ["CONTROLLER:PLAINTEXT"]),
+                "inter.broker.listener.name": "PLAINTEXT",
+                "controller.quorum.voters": ",".join("%d@127.0.0.1:%d" % voter
+                                                     for voter in self.voters.items())}
+
+    def _security(self, certificate):
+        """Return the settings about TLS, logins and rights."""
+        config = {
+            "ssl.keystore.type": "PEM", "ssl.keystore.location": certificate,
+            "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": "User:ANONYMOUS", "allow.everyone.if.no.acl.found": "true"}
+        for name in ("sasl_plaintext", "sasl_ssl"):
+            for mechanism, module in (
+                    ("plain", 'plain.PlainLoginModule required user_bot="PASSWORD-1"'),
+                    ("scram-sha-256", "scram.ScramLoginModule required"),
+                    ("scram-sha-512", "scram.ScramLoginModule required")):
+                config["listener.name.%s.%s.sasl.jaas.config" % (name, mechanism)] = \
+                    "org.apache.kafka.common.security.%s;" % module
+        return config
 
     @property
     def address(self):
@@ -533,7 +541,7 @@ class TestKafkaPieces(unittest.TestCase):
         self.assertEqual(self.read(log, [(1, 0)])[-1], (7, []))
 
     def test_corrupt_batches_are_errors(self):
-        good, chance = self.batch([(b"key", b"value")] * 3), random.Random(3)
+        good = self.batch([(b"key", b"value")] * 3)
         for place in range(12, len(good)):
             for bit in range(8):
                 data = bytearray(good)
@@ -546,6 +554,9 @@ class TestKafkaPieces(unittest.TestCase):
         for data in (packed[:-3], b"no gzip", b"", packed):
             self.assertRaises(self.bot.Malformed, self.read,
                               self.batch([(None, b"")], attributes=1, data=data))
+
+    def test_rubbish_is_an_error_or_no_records(self):
+        good, chance = self.batch([(b"key", b"value")] * 3), random.Random(3)
         for _ in range(3000):           # rubbish that is said to be compressed
             data = bytearray(chance.getrandbits(8) for _ in range(chance.randrange(60)))
             head = chance.choice((b"", b"\x82SNAPPY\0", b"\x04\x22\x4d\x18\x40\x40?"))
@@ -1008,45 +1019,50 @@ class TestKafka(KafkaCase):
 
     # -- the group --
 
+    def consume_with_librdkafka(self, shares, seen, stop):
+        """Be a member of the group until `stop` is set; note our share, and what we see."""
+        consumer = self.consumer(self.group, **{
+            "session.timeout.ms": 10000, "enable.auto.commit": True,
+            "partition.assignment.strategy": "range"})
+        consumer.subscribe([self.incoming])
+        while not stop.is_set():
+            record = consumer.poll(0.1)
+            shares["librdkafka"] = sorted(part.partition for part in consumer.assignment())
+            if record and not record.error():
+                seen["librdkafka", record.value()] += 1
+
+    def consume_with_kafka_python(self, shares, seen, stop):
+        from kafka import KafkaConsumer
+        consumer = KafkaConsumer(self.incoming, bootstrap_servers=self.brokers, group_id=self.group,
+                                 auto_offset_reset="earliest", session_timeout_ms=10000)
+        while not stop.is_set():
+            for records in consumer.poll(100).values():
+                seen.update(("kafka-python", record.value) for record in records)
+            shares["kafka-python"] = sorted(part.partition for part in consumer.assignment())
+        consumer.close()
+
+    def wait_until_shared_out(self, shares, count, bot):
+        """Wait until six partitions are shared out evenly among so many members and a bot."""
+        def shared_out():
+            match = re.findall(r"partitions ([\d, ]+) of", bot.log)
+            shares["bot"] = [int(index) for index in match[-1].split(", ")] if match else []
+            return (len(shares) == count + 1
+                    and {len(share) for share in shares.values()} == {6 // len(shares)}
+                    and sorted(sum(shares.values(), [])) == list(range(6)))
+        until(shared_out, "each has its share: %r" % shares)
+
     def test_a_group_with_librdkafka_and_kafka_python(self):
         self.topics(incoming=6, outgoing=6)
-        shares, seen, stop, threads = {}, collections.Counter(), threading.Event(), []
-
-        def librdkafka():
-            consumer = self.consumer(self.group,
-                                     **{"session.timeout.ms": 10000, "enable.auto.commit": True,
-                                        "partition.assignment.strategy": "range"})
-            consumer.subscribe([self.incoming])
-            while not stop.is_set():
-                record = consumer.poll(0.1)
-                shares["librdkafka"] = sorted(part.partition for part in consumer.assignment())
-                if record and not record.error():
-                    seen["librdkafka", record.value()] += 1
-
-        def kafka_python():
-            from kafka import KafkaConsumer
-            consumer = KafkaConsumer(self.incoming, bootstrap_servers=self.brokers,
-                                     group_id=self.group, auto_offset_reset="earliest",
-                                     session_timeout_ms=10000)
-            while not stop.is_set():
-                for records in consumer.poll(100).values():
-                    seen.update(("kafka-python", record.value) for record in records)
-                shares["kafka-python"] = sorted(part.partition for part in consumer.assignment())
-            consumer.close()
+        shares, seen, stop = {}, collections.Counter(), threading.Event()
+        others = [self.consume_with_librdkafka]
+        others += [self.consume_with_kafka_python] if installed("kafka") else []
+        threads = [threading.Thread(target=run, args=(shares, seen, stop)) for run in others]
         bot = self.bot()
         bot.wait_for("generation")
         try:
-            for run in [librdkafka] + ([kafka_python] if installed("kafka") else []):
-                threads.append(threading.Thread(target=run))
-                threads[-1].start()
-
-            def shared_out():
-                match = re.findall(r"partitions ([\d, ]+) of", bot.log)
-                shares["bot"] = [int(index) for index in match[-1].split(", ")] if match else []
-                return (len(shares) == len(threads) + 1 and all(shares.values())
-                        and sorted(sum(shares.values(), [])) == list(range(6)))
-            until(shared_out, "each of the three has partitions: %r" % shares)
-            self.assertEqual({len(share) for share in shares.values()}, {6 // len(shares)})
+            for thread in threads:
+                thread.start()
+            self.wait_until_shared_out(shares, len(threads), bot)
             generations = bot.log.count("generation")
             replies = Replies(self)
             for first in range(0, 600, 100):
@@ -1170,7 +1186,7 @@ class TestKafka(KafkaCase):
         source = self.source()[0]
         with mock.patch.object(echo_bot, "METADATA_SECONDS",
                                0.5), self.assertLogs("echo_bot") as logs:
-            until(lambda: source.take() or "does not exist yet" in str(logs.output),
+            until(lambda: source.take() or "UNKNOWN_TOPIC_OR_PARTITION" in str(logs.output),
                   "it says what is missing")
             self.topics(incoming=1, outgoing=1)
             self.write(self.updates(1))
@@ -1426,16 +1442,19 @@ class TestKafka(KafkaCase):
             self.end(bot)
         self.assertEqual(set(replies.rest().texts.values()), {1})
 
-    @needs("openssl", shutil.which("openssl"))
-    def test_what_cannot_mend_itself_ends_with_one_line(self):
+    def deny_reading(self, topic):
         from confluent_kafka.admin import (AclBinding, AclOperation, AclPermissionType,
                                            ResourcePatternType, ResourceType)
-        self.topics(incoming=1, outgoing=1, **{self.name + "-secret": 1})
+        denied = AclBinding(ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, "User:bot", "*",
+                            AclOperation.READ, AclPermissionType.DENY)
         admin = self.admin()
-        denied = AclBinding(ResourceType.TOPIC, self.name + "-secret", ResourcePatternType.LITERAL,
-                            "User:bot", "*", AclOperation.READ, AclPermissionType.DENY)
         for future in admin.create_acls([denied]).values():
             future.result()
+
+    @needs("openssl", shutil.which("openssl"))
+    def test_what_cannot_mend_itself_ends_with_one_line(self):
+        self.topics(incoming=1, outgoing=1, **{self.name + "-secret": 1})
+        self.deny_reading(self.name + "-secret")
         numeric = "127.0.0.1:%d" % self.node.ports["SSL"]
         bots = {
             "SASL_AUTHENTICATION_FAILED": [self.secure("SASL_SSL", mechanism, "PASSWORD-2")
@@ -1607,31 +1626,34 @@ class TestKafkaCluster(KafkaCase):
                             (lambda data: (over.wait(4 * PATIENCE), b"")[1], self.PATIENT)):
             self.setUp()
             over.clear()
-            first, second, away = sorted((1, 2, 3), key=lambda node: (
-                node != self.coordinator(), node))
-            self.assigned(self.incoming, first, second, away)
-            self.assigned(self.outgoing, first, second)
-            proxy = self.nodes[away - 1].proxy
-            self.addCleanup(setattr, proxy, "spoil", None)
-            proxy.spoil = spoil
-            bot = self.bot(code=code, KAFKA_BROKERS=",".join(
-                "localhost:%d" % self.nodes[node - 1].proxy.port for node in (first, second)))
-            self.write([dict(value=envelope(number, text="first-%d" % number), partition=number % 3)
-                        for number in range(3)])
-            replies = Replies(self).read(2)
-            started, producer = time.monotonic(), self.producer()
-            for number in range(3, 63):         # one at a time
-                producer.produce(self.incoming, envelope(number), partition=number % 2)
-                producer.flush(PATIENCE)
-                replies.read(number)
-            print("\n60 updates beside a broker that cannot be reached: %.1f s"
-                  % (time.monotonic() - started), file=sys.stderr)
-            self.assertNotIn("first-2", str(replies.texts))
-            over.set()
-            proxy.spoil = None
-            replies.read(63)
-            self.end(bot)
-            self.assertEqual(set(replies.rest().texts.values()), {1})
+            self.answer_beside_a_broker_that_is_away(spoil, code, over)
+
+    def answer_beside_a_broker_that_is_away(self, spoil, code, over):
+        first, second, away = sorted((1, 2, 3), key=lambda node: (
+            node != self.coordinator(), node))
+        self.assigned(self.incoming, first, second, away)
+        self.assigned(self.outgoing, first, second)
+        proxy = self.nodes[away - 1].proxy
+        self.addCleanup(setattr, proxy, "spoil", None)
+        proxy.spoil = spoil
+        bot = self.bot(code=code, KAFKA_BROKERS=",".join(
+            "localhost:%d" % self.nodes[node - 1].proxy.port for node in (first, second)))
+        self.write([dict(value=envelope(number, text="first-%d" % number), partition=number % 3)
+                    for number in range(3)])
+        replies = Replies(self).read(2)
+        started, producer = time.monotonic(), self.producer()
+        for number in range(3, 63):         # one at a time
+            producer.produce(self.incoming, envelope(number), partition=number % 2)
+            producer.flush(PATIENCE)
+            replies.read(number)
+        print("\n60 updates beside a broker that cannot be reached: %.1f s"
+              % (time.monotonic() - started), file=sys.stderr)
+        self.assertNotIn("first-2", str(replies.texts))
+        over.set()
+        proxy.spoil = None
+        replies.read(63)
+        self.end(bot)
+        self.assertEqual(set(replies.rest().texts.values()), {1})
 
     def wants_every_replica(self):
         """Create the outgoing topic so that all three nodes must be there for each reply."""
