@@ -152,12 +152,12 @@ class Stopping:
         while not self.requested and time.monotonic() < end:
             time.sleep(max(0, min(0.1, end - time.monotonic())))
 
-    def wait(self, function, *args):
-        """Return function(*args), or None when a signal came before or comes meanwhile.
+    def wait(self, function):
+        """Return function(), or None when a signal came before or comes meanwhile.
 
         Its thread is left behind in that case.
         """
-        future = self._thread.submit(function, *args)
+        future = self._thread.submit(function)
         while not self.requested:
             if futures.wait([future], 0.1).done:
                 return future.result()
@@ -252,12 +252,12 @@ def split_url(name, text, schemes):
     return parts
 
 
-def basic_authorization(parts):
-    """Return the value of an Authorization header for a URL's user:password, or None."""
+def login_header(name, parts):
+    """Return {name: value} of the header that carries a URL's user:password; {} if it has none."""
     if parts.username is None:
-        return None
+        return {}
     login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
-    return "Basic " + base64.b64encode(login.encode()).decode()
+    return {name: "Basic " + base64.b64encode(login.encode()).decode()}
 
 
 def is_stale(connected, used_at):
@@ -294,9 +294,8 @@ class Telegram:
                               "123456:ABC-DEF")
         self._url = split_url("TELEGRAM_API_URL", environ.get("TELEGRAM_API_URL")
                               or "https://api.telegram.org", ("http", "https"))
-        self._headers = {"Content-Type": "application/json"}
-        if self._url.username is not None:
-            self._headers["Authorization"] = basic_authorization(self._url)
+        self._headers = dict(login_header("Authorization", self._url),
+                             **{"Content-Type": "application/json"})
         self._proxy = None
         if self._url.scheme == "https" and not urllib.request.proxy_bypass(self._url.hostname):
             proxy = urllib.request.getproxies().get("https")
@@ -359,8 +358,8 @@ class Telegram:
         parameters = {"offset": offset, "timeout": seconds, "limit": limit,
                       "allowed_updates": ["message", "callback_query"]}
         for attempt in itertools.count(1):
-            call = self._ask, self._polling, "getUpdates", parameters
-            answer = call[0](*call[1:]) if closing else self.stopping.wait(*call)
+            ask = functools.partial(self._ask, self._polling, "getUpdates", parameters)
+            answer = ask() if closing else self.stopping.wait(ask)
             if answer is None:      # its thread may still use the connection
                 self._polling = self._new_connection()
                 return None
@@ -415,9 +414,8 @@ class Telegram:
             kind = "HTTPSConnection" if self._url.scheme == "https" else "HTTPConnection"
             return getattr(http.client, kind)(self._url.hostname, self._url.port)
         connection = http.client.HTTPSConnection(self._proxy.hostname, self._proxy.port or 80)
-        login = basic_authorization(self._proxy)
         connection.set_tunnel(self._url.hostname, self._url.port or 443,
-                              {"Proxy-Authorization": login} if login else {})
+                              login_header("Proxy-Authorization", self._proxy))
         return connection
 
     def _ask(self, connection, method, parameters):
@@ -463,9 +461,10 @@ class Telegram:
 INT8, INT16, INT32, INT64, BOOLEAN, STRING, BYTES = "b", "h", "i", "q", "?", "string", "bytes"
 
 
-def by_topic(**partition):
-    """Return the schema that most requests and answers have in common: topics, their partitions."""
-    return [dict(name=STRING, partitions=[partition])]
+def by_topic(number=None, **fields):
+    """Return a schema that most requests and answers contain: topics, each with its partitions, of
+    which there are fields, or nothing but the number."""
+    return [dict(name=STRING, partitions=[number or fields])]
 
 
 def one_topic(name, partitions):
@@ -476,6 +475,9 @@ def one_topic(name, partitions):
 def partitions_of(answer):
     return [partition for topic in answer["topics"] for partition in topic["partitions"]]
 
+
+MEMBER = dict(group=STRING, generation=INT32, member_id=STRING)     # how the group knows us
+STATUS = dict(throttle_ms=INT32, error=INT16)                       # how most answers begin
 
 # name: (key, version, request, answer). A dict is a structure, a list an array of what is in it.
 # Kafka 2.2 knows these versions, and Kafka 4 still does (KIP-896). JoinGroup 4 is the one that
@@ -491,8 +493,8 @@ APIS = {
         isolation_level=INT8, session_id=INT32, session_epoch=INT32, topics=by_topic(
             index=INT32, leader_epoch=INT32, offset=INT64, log_start_offset=INT64,
             max_bytes=INT32),
-        forgotten=[dict(name=STRING, partitions=[INT32])]),
-        dict(throttle_ms=INT32, error=INT16, session_id=INT32, topics=by_topic(
+        forgotten=by_topic(INT32)),
+        dict(STATUS, session_id=INT32, topics=by_topic(
             index=INT32, error=INT16, high_watermark=INT64, last_stable_offset=INT64,
             log_start_offset=INT64, aborted=[dict(producer_id=INT64, first_offset=INT64)],
             records=BYTES))),
@@ -507,39 +509,33 @@ APIS = {
                           error=INT16, name=STRING, internal=BOOLEAN, partitions=[dict(
                               error=INT16, index=INT32, leader=INT32, replicas=[INT32],
                               in_sync=[INT32])])])),
-    "OffsetCommit": (8, 3, dict(group=STRING, generation=INT32, member_id=STRING,
-                                retention_ms=INT64, topics=by_topic(
-                                    index=INT32, offset=INT64, metadata=STRING)),
+    "OffsetCommit": (8, 3, dict(MEMBER, retention_ms=INT64, topics=by_topic(
+                         index=INT32, offset=INT64, metadata=STRING)),
                      dict(throttle_ms=INT32, topics=by_topic(index=INT32, error=INT16))),
-    "OffsetFetch": (9, 3, dict(group=STRING, topics=[dict(name=STRING, partitions=[INT32])]),
+    "OffsetFetch": (9, 3, dict(group=STRING, topics=by_topic(INT32)),
                     dict(throttle_ms=INT32, topics=by_topic(
                         index=INT32, offset=INT64, metadata=STRING, error=INT16), error=INT16)),
     "FindCoordinator": (10, 1, dict(key=STRING, key_type=INT8),
-                        dict(throttle_ms=INT32, error=INT16, message=STRING, node=INT32,
-                             host=STRING, port=INT32)),
+                        dict(STATUS, message=STRING, node=INT32, host=STRING, port=INT32)),
     "JoinGroup": (11, 4, dict(group=STRING, session_timeout_ms=INT32, rebalance_timeout_ms=INT32,
                               member_id=STRING, protocol_type=STRING,
                               protocols=[dict(name=STRING, metadata=BYTES)]),
-                  dict(throttle_ms=INT32, error=INT16, generation=INT32, protocol=STRING,
-                       leader=STRING, member_id=STRING,
+                  dict(STATUS, generation=INT32, protocol=STRING, leader=STRING, member_id=STRING,
                        members=[dict(member_id=STRING, metadata=BYTES)])),
-    "Heartbeat": (12, 1, dict(group=STRING, generation=INT32, member_id=STRING),
-                  dict(throttle_ms=INT32, error=INT16)),
-    "LeaveGroup": (13, 1, dict(group=STRING, member_id=STRING),
-                   dict(throttle_ms=INT32, error=INT16)),
-    "SyncGroup": (14, 1, dict(group=STRING, generation=INT32, member_id=STRING,
-                              assignments=[dict(member_id=STRING, assignment=BYTES)]),
-                  dict(throttle_ms=INT32, error=INT16, assignment=BYTES)),
+    "Heartbeat": (12, 1, MEMBER, STATUS),
+    "LeaveGroup": (13, 1, dict(group=STRING, member_id=STRING), STATUS),
+    "SyncGroup": (14, 1, dict(MEMBER, assignments=[dict(member_id=STRING, assignment=BYTES)]),
+                  dict(STATUS, assignment=BYTES)),
     "SaslHandshake": (17, 1, dict(mechanism=STRING), dict(error=INT16, mechanisms=[STRING])),
     "ApiVersions": (18, 0, {}, dict(error=INT16,
                                     apis=[dict(key=INT16, lowest=INT16, highest=INT16)])),
     "InitProducerId": (22, 0, dict(transactional_id=STRING, timeout_ms=INT32),
-                       dict(throttle_ms=INT32, error=INT16, producer_id=INT64, epoch=INT16)),
+                       dict(STATUS, producer_id=INT64, epoch=INT16)),
     "SaslAuthenticate": (36, 0, dict(data=BYTES), dict(error=INT16, message=STRING, data=BYTES)),
 }
 HEADER = dict(key=INT16, version=INT16, correlation_id=INT32, client_id=STRING)
 SUBSCRIPTION = dict(version=INT16, topics=[STRING], user_data=BYTES)    # what JoinGroup carries
-ASSIGNMENT = dict(version=INT16, topics=[dict(name=STRING, partitions=[INT32])], user_data=BYTES)
+ASSIGNMENT = dict(version=INT16, topics=by_topic(INT32), user_data=BYTES)
 
 # What an error code asks for: TRY again, after a LOOK at who leads the partition or coordinates the
 # group; REJOIN the group; start again as a member that is EXPELLED; SKIP the record; ask for a new
