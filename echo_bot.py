@@ -537,45 +537,45 @@ HEADER = dict(key=INT16, version=INT16, correlation_id=INT32, client_id=STRING)
 SUBSCRIPTION = dict(version=INT16, topics=[STRING], user_data=BYTES)    # what JoinGroup carries
 ASSIGNMENT = dict(version=INT16, topics=by_topic(INT32), user_data=BYTES)
 
-# What an error code asks for: TRY again, after a LOOK at who leads the partition or coordinates the
-# group; REJOIN the group; start again as a member that is EXPELLED; SKIP the record; ask for a new
-# producer id (RENEW); UNSURE: the record may have been written; START at the earliest offset; it is
-# DONE already; or STOP, since trying again is of no use.
+# What each error code asks for.
 TRY, LOOK, REJOIN, EXPELLED, SKIP = "try", "look", "rejoin", "expelled", "skip"
 RENEW, UNSURE, START, DONE, STOP = "renew", "unsure", "start", "done", "stop"
-ERRORS = {
-    -1: ("UNKNOWN_SERVER_ERROR", TRY), 1: ("OFFSET_OUT_OF_RANGE", START),
-    2: ("CORRUPT_MESSAGE", TRY), 3: ("UNKNOWN_TOPIC_OR_PARTITION", LOOK),
-    5: ("LEADER_NOT_AVAILABLE", LOOK), 6: ("NOT_LEADER_OR_FOLLOWER", LOOK),
-    7: ("REQUEST_TIMED_OUT", UNSURE), 8: ("BROKER_NOT_AVAILABLE", LOOK),
-    9: ("REPLICA_NOT_AVAILABLE", LOOK), 10: ("MESSAGE_TOO_LARGE", SKIP),
-    13: ("NETWORK_EXCEPTION", UNSURE), 14: ("COORDINATOR_LOAD_IN_PROGRESS", LOOK),
-    15: ("COORDINATOR_NOT_AVAILABLE", LOOK), 16: ("NOT_COORDINATOR", LOOK),
-    17: ("INVALID_TOPIC_EXCEPTION", STOP), 18: ("RECORD_LIST_TOO_LARGE", SKIP),
-    19: ("NOT_ENOUGH_REPLICAS", TRY), 20: ("NOT_ENOUGH_REPLICAS_AFTER_APPEND", UNSURE),
-    22: ("ILLEGAL_GENERATION", EXPELLED),
-    23: ("INCONSISTENT_GROUP_PROTOCOL (the others do without the range assignor)", STOP),
-    24: ("INVALID_GROUP_ID", STOP), 25: ("UNKNOWN_MEMBER_ID", EXPELLED),
-    26: ("INVALID_SESSION_TIMEOUT", STOP),
-    27: ("REBALANCE_IN_PROGRESS", REJOIN), 29: ("TOPIC_AUTHORIZATION_FAILED", STOP),
-    30: ("GROUP_AUTHORIZATION_FAILED", STOP),
-    # Before Kafka 2.8 a producer's id took a right of its own.
-    31: ("CLUSTER_AUTHORIZATION_FAILED (IdempotentWrite?)", STOP),
-    32: ("INVALID_TIMESTAMP (is this machine's clock right?)", TRY),
-    33: ("UNSUPPORTED_SASL_MECHANISM", STOP),
-    34: ("ILLEGAL_SASL_STATE (is KAFKA_SECURITY_PROTOCOL right?)", STOP),
-    35: ("UNSUPPORTED_VERSION", STOP), 42: ("INVALID_REQUEST", STOP),
-    43: ("UNSUPPORTED_FOR_MESSAGE_FORMAT", STOP), 44: ("POLICY_VIOLATION", STOP),
-    45: ("OUT_OF_ORDER_SEQUENCE_NUMBER", RENEW), 46: ("DUPLICATE_SEQUENCE_NUMBER", DONE),
-    47: ("INVALID_PRODUCER_EPOCH", RENEW), 56: ("KAFKA_STORAGE_ERROR", LOOK),
-    58: ("SASL_AUTHENTICATION_FAILED (KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD)", STOP),
-    59: ("UNKNOWN_PRODUCER_ID", RENEW), 72: ("LISTENER_NOT_FOUND", LOOK),
-    74: ("FENCED_LEADER_EPOCH", LOOK), 75: ("UNKNOWN_LEADER_EPOCH", LOOK),
-    76: ("UNSUPPORTED_COMPRESSION_TYPE (set the topic's compression.type to lz4)", STOP),
-    78: ("OFFSET_NOT_AVAILABLE", TRY), 81: ("GROUP_MAX_SIZE_REACHED", TRY),
-    87: ("INVALID_RECORD (does the topic want keys?)", SKIP),
-    88: ("UNSTABLE_OFFSET_COMMIT", TRY), 89: ("THROTTLING_QUOTA_EXCEEDED", TRY),
-    90: ("PRODUCER_FENCED", RENEW)}
+ERRORS = {code: (name, action) for action, names in (
+    (TRY, {     # again, later; so do codes that are not listed
+        -1: "UNKNOWN_SERVER_ERROR", 2: "CORRUPT_MESSAGE", 19: "NOT_ENOUGH_REPLICAS",
+        32: "INVALID_TIMESTAMP (is this machine's clock right?)", 78: "OFFSET_NOT_AVAILABLE",
+        81: "GROUP_MAX_SIZE_REACHED", 88: "UNSTABLE_OFFSET_COMMIT",
+        89: "THROTTLING_QUOTA_EXCEEDED"}),
+    (LOOK, {    # who leads the partition or coordinates the group, and try again
+        3: "UNKNOWN_TOPIC_OR_PARTITION", 5: "LEADER_NOT_AVAILABLE", 6: "NOT_LEADER_OR_FOLLOWER",
+        8: "BROKER_NOT_AVAILABLE", 9: "REPLICA_NOT_AVAILABLE", 14: "COORDINATOR_LOAD_IN_PROGRESS",
+        15: "COORDINATOR_NOT_AVAILABLE", 16: "NOT_COORDINATOR", 56: "KAFKA_STORAGE_ERROR",
+        72: "LISTENER_NOT_FOUND", 74: "FENCED_LEADER_EPOCH", 75: "UNKNOWN_LEADER_EPOCH"}),
+    (UNSURE, {  # the record may have been written
+        7: "REQUEST_TIMED_OUT", 13: "NETWORK_EXCEPTION", 20: "NOT_ENOUGH_REPLICAS_AFTER_APPEND"}),
+    (DONE, {46: "DUPLICATE_SEQUENCE_NUMBER"}),              # it was written before
+    (RENEW, {   # ask for a new producer id
+        45: "OUT_OF_ORDER_SEQUENCE_NUMBER", 47: "INVALID_PRODUCER_EPOCH",
+        59: "UNKNOWN_PRODUCER_ID", 90: "PRODUCER_FENCED"}),
+    (SKIP, {    # the record: it will never be taken
+        10: "MESSAGE_TOO_LARGE", 18: "RECORD_LIST_TOO_LARGE",
+        87: "INVALID_RECORD (does the topic want keys?)"}),
+    (START, {1: "OFFSET_OUT_OF_RANGE"}),                    # at the earliest offset
+    (REJOIN, {27: "REBALANCE_IN_PROGRESS"}),                # the group
+    (EXPELLED, {22: "ILLEGAL_GENERATION", 25: "UNKNOWN_MEMBER_ID"}),
+    (STOP, {    # trying again is of no use
+        17: "INVALID_TOPIC_EXCEPTION",
+        23: "INCONSISTENT_GROUP_PROTOCOL (the others do without the range assignor)",
+        24: "INVALID_GROUP_ID", 26: "INVALID_SESSION_TIMEOUT", 29: "TOPIC_AUTHORIZATION_FAILED",
+        30: "GROUP_AUTHORIZATION_FAILED",
+        31: "CLUSTER_AUTHORIZATION_FAILED (IdempotentWrite, before Kafka 2.8?)",
+        33: "UNSUPPORTED_SASL_MECHANISM",
+        34: "ILLEGAL_SASL_STATE (is KAFKA_SECURITY_PROTOCOL right?)",
+        35: "UNSUPPORTED_VERSION", 42: "INVALID_REQUEST", 43: "UNSUPPORTED_FOR_MESSAGE_FORMAT",
+        44: "POLICY_VIOLATION",
+        58: "SASL_AUTHENTICATION_FAILED (KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD)",
+        76: "UNSUPPORTED_COMPRESSION_TYPE (set the topic's compression.type to lz4)"}),
+    ) for code, name in names.items()}
 
 SESSION_MS = 10000              # a killed bot's partitions move after this; brokers allow 6 s on
 REBALANCE_MS = 60000            # the group waits so long for a bot that is busy with updates
@@ -1164,7 +1164,6 @@ class Cluster:
         return leaders
 
     def coordinator(self):
-        """Return the address of the broker that keeps the group."""
         if not self.coordinator_at:
             answer = self.call_any("FindCoordinator", dict(key=self.settings.group, key_type=0))
             self.coordinator_at = answer["host"], answer["port"]
@@ -1240,12 +1239,108 @@ class Partition:
         self.position = after
 
     def may_be_handed_out(self):
-        """Return whether there is a record to hand out."""
         return bool(self.records) and len(self.done) < WINDOW
 
     def is_told(self, offset):
         """Return whether the group knows that an offset is done."""
         return bool(self.committed) and (self.committed[0] > offset or offset in self.committed[1])
+
+
+class Reader(threading.Thread):
+    """Fetches from one leader, as long as it leads anything for us: so none waits for another."""
+
+    def __init__(self, settings, stopping, member, leader):
+        super().__init__(daemon=True)
+        self.topic, self.stopping, self.member, self.leader = (
+            settings.incoming, stopping, member, leader)
+        self.cluster = Cluster(settings, self._is_over)
+        self.start()
+
+    def _is_over(self):
+        return (self.stopping.requested or self.member.state == LEFT
+                or self.leader not in self.member.leaders.values())
+
+    def run(self):
+        failures = 0
+        while not self._is_over():
+            try:
+                self._read()
+                failures = 0
+            except TROUBLE as error:
+                failures += 1
+                self.member.cluster.looked.clear()
+                self.stopping.sleep(self.cluster.note_failure(
+                    "reading %s from %s:%d" % ((self.topic,) + self.leader), error, failures))
+            except Interrupted:
+                break
+            except Exception as error:
+                self.stopping.fail(error)
+        self.cluster.close()
+
+    def _read(self):
+        """Fetch those of the leader's partitions that have no records left, when there are some."""
+        def led():
+            return [partition for partition in self.member.partitions
+                    if self.member.leaders.get(partition.index) == self.leader]
+
+        def hungry():
+            return [partition for partition in led() if not partition.records
+                    and time.monotonic() > partition.rests_until]
+
+        with self.member.changed:
+            partitions = self.member.changed.wait_for(hungry, FETCH_MS / 1000)
+            wait_ms = FETCH_MS if len(partitions) == len(led()) else BUSY_FETCH_MS
+        if partitions:
+            self._fetch(partitions, wait_ms)
+
+    def _fetch(self, partitions, wait_ms):
+        """Fetch partitions from their leader, which waits for wait_ms where it has nothing."""
+        for partition in partitions:
+            if partition.position is None:
+                earliest = self._find_earliest(partition)
+                with self.member.changed:
+                    partition.position = earliest
+        asked = {partition.index: partition.position for partition in partitions}
+        answer = self.cluster.call(self.leader, "Fetch", dict(
+            replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
+            isolation_level=1, session_id=0, session_epoch=-1, forgotten=[],
+            topics=one_topic(self.topic, [dict(
+                index=index, leader_epoch=-1, offset=offset, log_start_offset=-1,
+                max_bytes=PARTITION_BYTES) for index, offset in asked.items()])), errors=False)
+        check(answer["error"], "Fetch")
+        fetched = {part["index"]: part for part in partitions_of(answer)}
+        for partition in partitions:
+            if partition.index in fetched:
+                self._keep(partition, asked[partition.index], fetched[partition.index])
+
+    def _find_earliest(self, partition):
+        answer = self.cluster.call(self.leader, "ListOffsets", dict(
+            replica_id=-1, isolation_level=1, topics=one_topic(self.topic, [dict(
+                index=partition.index, time_ms=-2)])))      # -2: the earliest
+        for part in partitions_of(answer):
+            return part["offset"]
+        raise Malformed("an answer without the earliest offset")
+
+    def _keep(self, partition, offset, part):
+        """Keep what a Fetch from an offset on brought, or note why it brought nothing."""
+        place, code, batches = "%s, partition %d" % (self.topic, partition.index), part["error"], []
+        if ERRORS.get(code, ("", TRY))[1] == START:
+            log.warning("%s: offset %d is not there any more: from the earliest on", place, offset)
+        else:
+            check(code, "Fetch (%s)" % place)
+            try:
+                batches.extend(decode_batches(part["records"] or b"", part["aborted"], self.topic))
+            except Malformed as error:
+                partition.rests_until = time.monotonic() + 1
+                log.warning("partition %d: %s; trying again in 1 s", partition.index, error)
+        with self.member.changed:
+            if partition.position != offset:        # a new leader was faster than this one
+                return
+            if code:        # the next offset is gone
+                partition.position, partition.done = None, set()
+            for after, records in batches:
+                partition.fill(after, records)
+            self.member.changed.notify_all()
 
 
 MEMBER_ID_REQUIRED = 79
@@ -1256,7 +1351,8 @@ FENCED, LEFT = "fenced", "left"
 class Member:
     """Our part in the consumer group, on a thread that alone talks to the group's coordinator.
 
-    It joins, sends heartbeats, commits what is done, and leaves. Its states:
+    It joins, sends heartbeats, commits what is done, and leaves. It sees to it that something reads
+    from each leader. Its states:
 
         JOINING      until the group has shared out the partitions: STABLE. Nothing is in hand.
         STABLE       updates are taken
@@ -1273,11 +1369,12 @@ class Member:
         self.failures = 0           # in a row
         self.reached = False        # whether a coordinator has ever answered
         self.beat_at = 0.0          # when the next heartbeat is due
-        self.leave_by = None        # set by leave(): when to stop trying
-        self.leaving = False
+        self.leave_by = 0.0         # set by leave(): when to stop trying
+        self.leaving = False        # whether the thread knows of it
+        self.leaders = {}           # partition: the address of its leader, or None
+        self.readers = {}           # address: the one that fetches from it
         self.changed = threading.Condition()        # guards what follows, and the partitions
         self.state, self.partitions = JOINING, []
-        self.leaders = {}           # partition: the address of its leader, or None
         self.hands = 0              # receipts whose updates are neither done nor given up
         self.heard_at = 0.0         # when the group last knew us
         self.rebalance_at = 0.0     # when the state became REBALANCING
@@ -1286,11 +1383,6 @@ class Member:
         self.thread.start()
 
     # What other threads call.
-
-    def is_stable(self, seconds):
-        """Return whether updates may be taken, within `seconds`."""
-        with self.changed:
-            return self.changed.wait_for(lambda: self.state == STABLE, seconds)
 
     def owns(self, partition):
         """Return whether we may write replies to its updates; None: not known at the moment."""
@@ -1350,9 +1442,8 @@ class Member:
 
     def _is_over(self):
         """Once we leave, no answer is waited for, but the one that tells our name in the group."""
-        if self.leave_by is None:
-            return False
-        return time.monotonic() > self.leave_by or bool(self.id) and not self.leaving
+        return self.state == LEFT and (time.monotonic() > self.leave_by
+                                       or bool(self.id) and not self.leaving)
 
     def _to(self, state):
         """Change the state, unless we have left; `changed` is held."""
@@ -1433,12 +1524,14 @@ class Member:
 
     def _look_at_topic(self):
         """Find out who leads the partitions, and whether there are more than we have shared out."""
-        leaders = self.cluster.leaders(self.settings.incoming)
-        with self.changed:
-            self.leaders = leaders
-            if self.partition_count not in (None, len(leaders)):
+        self.leaders = self.cluster.leaders(self.settings.incoming)
+        if self.partition_count not in (None, len(self.leaders)):
+            with self.changed:
                 self._to(REBALANCING)
-        if not leaders:
+        for leader in set(self.leaders.values()) - {None}:
+            if leader not in self.readers or not self.readers[leader].is_alive():
+                self.readers[leader] = Reader(self.settings, self.stopping, self, leader)
+        if not self.leaders:
             raise KafkaError(3, "topic " + self.settings.incoming)
 
     def _may_join(self):
@@ -1585,104 +1678,6 @@ class Producer:
 
 # ---- Kafka: the source --------------------------------------------------------------------------
 
-class Reader(threading.Thread):
-    """Fetches from one leader, as long as it leads anything for us, so that none waits for another.
-    """
-
-    def __init__(self, settings, stopping, member, leader):
-        super().__init__(daemon=True)
-        self.topic, self.stopping, self.member, self.leader = (
-            settings.incoming, stopping, member, leader)
-        self.cluster = Cluster(settings, self._is_over)
-        self.start()
-
-    def _is_over(self):
-        return (self.stopping.requested or self.member.state == LEFT
-                or self.leader not in self.member.leaders.values())
-
-    def run(self):
-        failures = 0
-        while not self._is_over():
-            try:
-                self._read()
-                failures = 0
-            except TROUBLE as error:
-                failures += 1
-                self.member.cluster.looked.clear()
-                self.stopping.sleep(self.cluster.note_failure(
-                    "reading %s from %s:%d" % ((self.topic,) + self.leader), error, failures))
-            except Interrupted:
-                break
-            except Exception as error:
-                self.stopping.fail(error)
-        self.cluster.close()
-
-    def _read(self):
-        """Fetch those of the leader's partitions that have no records left, when there are some."""
-        def led():
-            return [partition for partition in self.member.partitions
-                    if self.member.leaders.get(partition.index) == self.leader]
-
-        def hungry():
-            return [partition for partition in led() if not partition.records
-                    and time.monotonic() > partition.rests_until]
-
-        with self.member.changed:
-            partitions = self.member.changed.wait_for(hungry, FETCH_MS / 1000)
-            wait_ms = FETCH_MS if len(partitions) == len(led()) else BUSY_FETCH_MS
-        if partitions:
-            self._fetch(partitions, wait_ms)
-
-    def _fetch(self, partitions, wait_ms):
-        """Fetch partitions from their leader, which waits for wait_ms where it has nothing."""
-        for partition in partitions:
-            if partition.position is None:
-                earliest = self._find_earliest(partition)
-                with self.member.changed:
-                    partition.position = earliest
-        asked = {partition.index: partition.position for partition in partitions}
-        answer = self.cluster.call(self.leader, "Fetch", dict(
-            replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
-            isolation_level=1, session_id=0, session_epoch=-1, forgotten=[],
-            topics=one_topic(self.topic, [dict(
-                index=index, leader_epoch=-1, offset=offset, log_start_offset=-1,
-                max_bytes=PARTITION_BYTES) for index, offset in asked.items()])), errors=False)
-        check(answer["error"], "Fetch")
-        fetched = {part["index"]: part for part in partitions_of(answer)}
-        for partition in partitions:
-            if partition.index in fetched:
-                self._keep(partition, asked[partition.index], fetched[partition.index])
-
-    def _find_earliest(self, partition):
-        answer = self.cluster.call(self.leader, "ListOffsets", dict(
-            replica_id=-1, isolation_level=1, topics=one_topic(self.topic, [dict(
-                index=partition.index, time_ms=-2)])))      # -2: the earliest
-        for part in partitions_of(answer):
-            return part["offset"]
-        raise Malformed("an answer without the earliest offset")
-
-    def _keep(self, partition, offset, part):
-        """Keep what a Fetch from an offset on brought, or note why it brought nothing."""
-        place, code, batches = "%s, partition %d" % (self.topic, partition.index), part["error"], []
-        if ERRORS.get(code, ("", TRY))[1] == START:
-            log.warning("%s: offset %d is not there any more: from the earliest on", place, offset)
-        else:
-            check(code, "Fetch (%s)" % place)
-            try:
-                batches.extend(decode_batches(part["records"] or b"", part["aborted"], self.topic))
-            except Malformed as error:
-                partition.rests_until = time.monotonic() + 1
-                log.warning("partition %d: %s; trying again in 1 s", partition.index, error)
-        with self.member.changed:
-            if partition.position != offset:        # a new leader was faster than this one
-                return
-            if code:        # the next offset is gone
-                partition.position, partition.done = None, set()
-            for after, records in batches:
-                partition.fill(after, records)
-            self.member.changed.notify_all()
-
-
 class Receipt:
     """What an update came as: a record of a partition, which a member of the group was given."""
 
@@ -1712,27 +1707,17 @@ class Kafka:
     def __init__(self, environ, stopping):
         self.settings, self.stopping, self.member = kafka_settings(environ), stopping, None
         self.producers = collections.deque()        # those that no thread uses at the moment
-        self.readers = {}           # address: the one that fetches from it
 
     def take(self):
-        """Return (update, receipt), or None when none came within about half a second."""
         if self.stopping.requested:
             return None
         self.member = self.member or Member(self.settings, self.stopping)
-        if not self.member.is_stable(FETCH_MS / 1000):
-            return None
         with self.member.changed:
-            for leader in set(self.member.leaders.values()) - {None}:
-                if leader not in self.readers or not self.readers[leader].is_alive():
-                    self.readers[leader] = Reader(self.settings, self.stopping, self.member, leader)
-            self.member.changed.wait_for(
-                lambda: any(map(Partition.may_be_handed_out, self.member.partitions)),
-                FETCH_MS / 1000)
-            receipt = self._next()
+            partition = self.member.changed.wait_for(self._turn, FETCH_MS / 1000)
+            receipt = partition and self._next(partition)
         return receipt and (receipt.update, receipt)
 
     def reply(self, receipt, call):
-        """Produce the answer to a taken update. call: what reply_to returned."""
         method, params = call
         chat = params.get("chat_id", chat_of(receipt.update))
         key = None if chat is None else str(chat).encode("utf-8", "replace")
@@ -1760,14 +1745,15 @@ class Kafka:
         while self.producers:
             self.producers.pop().close()
 
-    def _next(self):
-        """Return the receipt of the next update, of each partition in turn, or None."""
+    def _turn(self):
+        """Return the partition from which an update may be taken now, or None."""
         partitions = self.member.partitions if self.member.state == STABLE else []
-        partition = next(filter(Partition.may_be_handed_out, partitions), None)
-        if not partition:
-            return None
-        partitions.remove(partition)        # to the end of the turn
-        partitions.append(partition)
+        return next(filter(Partition.may_be_handed_out, partitions), None)
+
+    def _next(self, partition):
+        """Return the receipt of a partition's next update, or None when it is for another bot."""
+        self.member.partitions.remove(partition)        # to the end of the turn
+        self.member.partitions.append(partition)
         record = partition.records.popleft()
         self.member.changed.notify_all()    # its reader may fetch more
         receipt = Receipt(self.member, partition, record, self.settings.incoming)
@@ -1856,7 +1842,6 @@ class Crew:
 
 
 def handle(source, update, receipt):
-    """Answer an update and acknowledge it."""
     try:
         call = reply_to(update)
     except Exception as error:      # it would be as broken the next time

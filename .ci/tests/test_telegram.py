@@ -950,7 +950,7 @@ class TestTelegram(Case):
         sidecar = ScriptedSidecar()
         self.addCleanup(sidecar.close)
         gate = self.api.hold("replying")
-        bot = self.bot(SIDECAR_URL=sidecar.url)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url)
         self.api.say("hello")
         self.api.wait_for("replying")
         sidecar.away = True
@@ -987,7 +987,8 @@ class TestTelegram(Case):
         sidecar = ScriptedSidecar()
         self.addCleanup(sidecar.close)
         sidecar.away = True
-        bot = self.bot(SIDECAR_URL=sidecar.url, CONCURRENCY=1)      # one call after another
+        # One call after another, and no time-outs.
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url, CONCURRENCY=1)
 
         def said():         # after one more update
             self.api.say("hello")
