@@ -1187,22 +1187,7 @@ class Cluster:
             self.connections.pop(address).socket.close()
 
 
-# ---- Kafka: the consumer group ------------------------------------------------------------------
-
-def assign_ranges(members, counts):
-    """Share partitions out as Java's range assignor does: {member: {topic: [partition, ...]}}.
-
-    members: {member: its topics}; counts: {topic: the number of its partitions}.
-    """
-    shares = {member: {} for member in members}
-    for topic, count in counts.items():
-        readers = sorted(member for member in members if topic in members[member])
-        for place, member in enumerate(readers):
-            share, extra = divmod(count, len(readers))
-            first = place * share + min(place, extra)
-            shares[member][topic] = list(range(first, first + share + (place < extra)))
-    return shares
-
+# ---- Kafka: partitions, and who reads them ------------------------------------------------------
 
 class Partition:
     """A partition that we read in one generation of the group. Member.changed guards it.
@@ -1229,8 +1214,7 @@ class Partition:
         if following is None:
             return None
         mark = min(self.in_hand | {following})
-        self.done = {offset for offset in self.done if offset >= mark}
-        return mark, frozenset(self.done)
+        return mark, frozenset(offset for offset in self.done if offset >= mark)
 
     def fill(self, after, records):
         """Keep fetched records; the next fetch begins at offset `after`."""
@@ -1341,6 +1325,23 @@ class Reader(threading.Thread):
             for after, records in batches:
                 partition.fill(after, records)
             self.member.changed.notify_all()
+
+
+# ---- Kafka: the consumer group ------------------------------------------------------------------
+
+def assign_ranges(members, counts):
+    """Share partitions out as Java's range assignor does: {member: {topic: [partition, ...]}}.
+
+    members: {member: its topics}; counts: {topic: the number of its partitions}.
+    """
+    shares = {member: {} for member in members}
+    for topic, count in counts.items():
+        readers = sorted(member for member in members if topic in members[member])
+        for place, member in enumerate(readers):
+            share, extra = divmod(count, len(readers))
+            first = place * share + min(place, extra)
+            shares[member][topic] = list(range(first, first + share + (place < extra)))
+    return shares
 
 
 MEMBER_ID_REQUIRED = 79
@@ -1556,8 +1557,9 @@ class Member:
                 str(offset - mark) for offset in sorted(done)) if done else None)
             for partition, (mark, done) in news.items()]))
         with self.changed:
-            for partition, progress in news.items():
-                partition.committed = progress
+            for partition, (mark, done) in news.items():
+                partition.committed = mark, done
+                partition.done = {offset for offset in partition.done if offset >= mark}
             self.changed.notify_all()
 
     def _mend(self, error):
