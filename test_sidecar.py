@@ -2428,16 +2428,10 @@ class TestSidecarClient(Case):
 class TestConsole(Case):
     """python echo_bot.py with nothing set, and reply_to."""
 
-    # The bot, with a sidecar that may take as long as it likes to answer.
-    PATIENT = ("import os, sys; sys.path.insert(0, %r); import echo_bot; echo_bot.Sidecar."
-               "CALL_SECONDS = 30; os._exit(echo_bot.main(os.environ))" % HERE)
-
-    def bot(self, sidecar=None, **env):
+    def bot(self, **env):
         env = dict({"SIDECAR_URL": None, "BOT_TOKEN": None, "KAFKA_BROKERS": None}, **env)
-        command = [os.path.join(HERE, "echo_bot.py")]
-        if sidecar:
-            env["SIDECAR_URL"], command = sidecar.url, ["-c", self.PATIENT]
-        return self.program(sys.executable, *command, env=env, stdin=subprocess.PIPE)
+        return self.program(sys.executable, os.path.join(HERE, "echo_bot.py"), env=env,
+                            stdin=subprocess.PIPE)
 
     def say(self, bot, *lines):
         for line in lines:
@@ -2468,7 +2462,7 @@ class TestConsole(Case):
 
     def test_each_line_is_tracked(self):
         sidecar = self.sidecar()
-        bot = self.bot(sidecar)
+        bot = self.bot(SIDECAR_URL=sidecar.url)
         self.say(bot, *"abc")
         bot.wait_for("Echo: c")
         until(lambda: sidecar.sample("sidecar_request_duration_seconds_count") == 3)
@@ -2510,7 +2504,7 @@ class TestConsole(Case):
 
     def test_the_log_tells_when_the_sidecar_goes_and_comes_back(self):
         sidecar = self.sidecar()
-        bot = self.bot(sidecar)
+        bot = self.bot(SIDECAR_URL=sidecar.url)
         self.say(bot, "one")
         bot.wait_for("reporting to the sidecar at")
         sidecar.kill()
@@ -2530,13 +2524,13 @@ class TestConsole(Case):
     def test_a_crashed_workers_requests_are_given_up_when_it_starts_again(self):
         sidecar = self.sidecar()
         sidecar.post("/start-request?id=lost")
-        self.bot(sidecar)
+        self.bot(SIDECAR_URL=sidecar.url)
         until(lambda: sidecar.active() == 0)
         self.assertEqual(sidecar.sample("sidecar_requests_expired_total"), 1)
 
     def test_while_the_sidecar_drains_nothing_is_taken(self):
         sidecar = self.sidecar(GRACE_PERIOD_SECONDS="1h")
-        bot = self.bot(sidecar)
+        bot = self.bot(SIDECAR_URL=sidecar.url)
         self.say(bot, "before")
         bot.wait_for("Echo: before")
         until(lambda: sidecar.sample("sidecar_request_duration_seconds_count") == 1)
