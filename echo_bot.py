@@ -34,6 +34,8 @@ and for Kafka 2.2 or newer, where updates come as {"bot_id", "update"} and repli
 """
 import base64
 import collections
+import contextlib
+import functools
 import hashlib
 import hmac
 import http.client
@@ -42,7 +44,6 @@ import itertools
 import json
 import logging
 import os
-import queue
 import random
 import re
 import select
@@ -56,6 +57,7 @@ import time
 import types
 import urllib.request
 import zlib
+from concurrent import futures
 from urllib.parse import unquote, urlsplit
 
 from sidecar import Sidecar
@@ -69,10 +71,6 @@ class ConfigError(Exception):
 
 class Refused(Exception):
     """A server refuses, and trying again is of no use: one line for the user, and exit status 1."""
-
-    def __init__(self, text, code=None):
-        super().__init__(text)
-        self.code = code
 
 
 class Interrupted(Exception):
@@ -118,23 +116,27 @@ def chat_of(update):
 
 
 class Stopping:
-    """Notes the first of some signals. Whoever waits looks at `requested` several times a second.
+    """Notes the first signal, or what else ends the bot. Whoever waits looks at `requested` several
+    times a second.
 
     So it does not matter which thread a signal is delivered to, nor which call it interrupts.
     """
 
     def __init__(self, *signals):
         self.requested_at = None        # in time.monotonic()'s seconds
+        self.failure = None             # the first exception that ends the bot
+        self._thread = futures.ThreadPoolExecutor(1)        # runs what wait() waits for
         for number in signals:
-            signal.signal(number, self._note)
+            signal.signal(number, self.request)
 
-    def _note(self, number, frame):
-        self.request()
-
-    def request(self):
-        """Stop as if a signal had come."""
+    def request(self, *_):
         if not self.requested:
             self.requested_at = time.monotonic()
+
+    def fail(self, error):
+        """Stop because of an exception, which main() tells."""
+        self.failure = self.failure or error
+        self.request()
 
     @property
     def requested(self):
@@ -150,29 +152,43 @@ class Stopping:
         while not self.requested and time.monotonic() < end:
             time.sleep(max(0, min(0.1, end - time.monotonic())))
 
-    def wait(self, function, *args):
-        """Return function(*args), or None when a signal came before or comes meanwhile.
+    def wait(self, function):
+        """Return function(), or None when a signal came before or comes meanwhile.
 
-        The function runs on a thread of its own, which is left behind in that case.
+        Its thread is left behind in that case.
         """
-        outcome = queue.Queue()
-
-        def call():
-            try:
-                outcome.put((function(*args), None))
-            except Exception as error:
-                outcome.put((None, error))
-
-        threading.Thread(target=call, daemon=True).start()
+        future = self._thread.submit(function)
         while not self.requested:
-            try:
-                result, error = outcome.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if error:
-                raise error
-            return result
+            if futures.wait([future], 0.1).done:
+                return future.result()
         return None
+
+
+@contextlib.contextmanager
+def borrowed(pool, make, *args):
+    """Lend something from a pool, or make(*args) when all are in use; after an exception it is
+    closed and not used again."""
+    try:
+        thing = pool.pop()
+    except IndexError:
+        thing = make(*args)
+    try:
+        yield thing
+    except BaseException:
+        thing.close()
+        raise
+    pool.append(thing)
+
+
+def retry_delay(failures, first_seconds=0.2, longest_seconds=3.0):
+    """Return seconds to wait before another try, after so many failures in a row."""
+    return min(longest_seconds, first_seconds * 2 ** min(failures - 1, 10)) * random.uniform(0.5, 1)
+
+
+def log_retry(what, error, failures, delay):
+    """Log a failure that is waited out; no warning the first time, since it may soon be over."""
+    log.log(logging.WARNING if failures > 1 else logging.INFO, "%s: %s; trying again in %.1f s",
+            what, error, delay)
 
 
 STOP_SECONDS = 5.0              # after a signal, a reply that fails is tried again for so long
@@ -236,12 +252,12 @@ def split_url(name, text, schemes):
     return parts
 
 
-def basic_authorization(parts):
-    """Return the value of an Authorization header for a URL's user:password, or None."""
+def login_header(name, parts):
+    """Return {name: value} of the header that carries a URL's user:password; {} if it has none."""
     if parts.username is None:
-        return None
+        return {}
     login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
-    return "Basic " + base64.b64encode(login.encode()).decode()
+    return {name: "Basic " + base64.b64encode(login.encode()).decode()}
 
 
 def is_stale(connected, used_at):
@@ -278,9 +294,8 @@ class Telegram:
                               "123456:ABC-DEF")
         self._url = split_url("TELEGRAM_API_URL", environ.get("TELEGRAM_API_URL")
                               or "https://api.telegram.org", ("http", "https"))
-        self._headers = {"Content-Type": "application/json"}
-        if self._url.username is not None:
-            self._headers["Authorization"] = basic_authorization(self._url)
+        self._headers = dict(login_header("Authorization", self._url),
+                             **{"Content-Type": "application/json"})
         self._proxy = None
         if self._url.scheme == "https" and not urllib.request.proxy_bypass(self._url.hostname):
             proxy = urllib.request.getproxies().get("https")
@@ -314,14 +329,8 @@ class Telegram:
         return update, update["update_id"]
 
     def reply(self, receipt, call):
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self._new_connection()
-        try:
+        with borrowed(self._idle, self._new_connection) as connection:
             self._send(connection, *call)
-        finally:
-            self._idle.append(connection)
 
     def acknowledge(self, receipt):
         with self._changed:
@@ -349,8 +358,8 @@ class Telegram:
         parameters = {"offset": offset, "timeout": seconds, "limit": limit,
                       "allowed_updates": ["message", "callback_query"]}
         for attempt in itertools.count(1):
-            call = self._ask, self._polling, "getUpdates", parameters
-            answer = call[0](*call[1:]) if closing else self.stopping.wait(*call)
+            ask = functools.partial(self._ask, self._polling, "getUpdates", parameters)
+            answer = ask() if closing else self.stopping.wait(ask)
             if answer is None:      # its thread may still use the connection
                 self._polling = self._new_connection()
                 return None
@@ -392,9 +401,9 @@ class Telegram:
         if self.stopping.requested and (
                 told or self.stopping.for_longer_than(STOP_SECONDS, since)):
             raise Interrupted
-        delay = min(self.MAX_DELAY_SECONDS, 2.0 ** min(attempt, 10)) * random.uniform(0.25, 0.5)
+        delay = retry_delay(attempt, 1.0, self.MAX_DELAY_SECONDS)
         delay = told if isinstance(told, (int, float)) else delay
-        log.warning("%s failed, next try in %.1f s: %s %s", method, delay, code or "", description)
+        log_retry(method, "%d %s" % (code, description) if code else description, attempt, delay)
         if self.stopping.requested:
             time.sleep(min(delay, 0.5))
         self.stopping.sleep(delay)
@@ -405,9 +414,8 @@ class Telegram:
             kind = "HTTPSConnection" if self._url.scheme == "https" else "HTTPConnection"
             return getattr(http.client, kind)(self._url.hostname, self._url.port)
         connection = http.client.HTTPSConnection(self._proxy.hostname, self._proxy.port or 80)
-        login = basic_authorization(self._proxy)
         connection.set_tunnel(self._url.hostname, self._url.port or 443,
-                              {"Proxy-Authorization": login} if login else {})
+                              login_header("Proxy-Authorization", self._proxy))
         return connection
 
     def _ask(self, connection, method, parameters):
@@ -453,10 +461,23 @@ class Telegram:
 INT8, INT16, INT32, INT64, BOOLEAN, STRING, BYTES = "b", "h", "i", "q", "?", "string", "bytes"
 
 
-def by_topic(**partition):
-    """Return the schema that most requests and answers have in common: topics, their partitions."""
-    return [dict(name=STRING, partitions=[partition])]
+def by_topic(number=None, **fields):
+    """Return a schema that most requests and answers contain: topics, each with its partitions, of
+    which there are fields, or nothing but the number."""
+    return [dict(name=STRING, partitions=[number or fields])]
 
+
+def one_topic(name, partitions):
+    """Return what a request has by that schema: the bot asks about one topic at a time."""
+    return [dict(name=name, partitions=partitions)]
+
+
+def partitions_of(answer):
+    return [partition for topic in answer["topics"] for partition in topic["partitions"]]
+
+
+MEMBER = dict(group=STRING, generation=INT32, member_id=STRING)     # how the group knows us
+STATUS = dict(throttle_ms=INT32, error=INT16)                       # how most answers begin
 
 # name: (key, version, request, answer). A dict is a structure, a list an array of what is in it.
 # Kafka 2.2 knows these versions, and Kafka 4 still does (KIP-896). JoinGroup 4 is the one that
@@ -472,8 +493,8 @@ APIS = {
         isolation_level=INT8, session_id=INT32, session_epoch=INT32, topics=by_topic(
             index=INT32, leader_epoch=INT32, offset=INT64, log_start_offset=INT64,
             max_bytes=INT32),
-        forgotten=[dict(name=STRING, partitions=[INT32])]),
-        dict(throttle_ms=INT32, error=INT16, session_id=INT32, topics=by_topic(
+        forgotten=by_topic(INT32)),
+        dict(STATUS, session_id=INT32, topics=by_topic(
             index=INT32, error=INT16, high_watermark=INT64, last_stable_offset=INT64,
             log_start_offset=INT64, aborted=[dict(producer_id=INT64, first_offset=INT64)],
             records=BYTES))),
@@ -488,78 +509,73 @@ APIS = {
                           error=INT16, name=STRING, internal=BOOLEAN, partitions=[dict(
                               error=INT16, index=INT32, leader=INT32, replicas=[INT32],
                               in_sync=[INT32])])])),
-    "OffsetCommit": (8, 3, dict(group=STRING, generation=INT32, member_id=STRING,
-                                retention_ms=INT64, topics=by_topic(
-                                    index=INT32, offset=INT64, metadata=STRING)),
+    "OffsetCommit": (8, 3, dict(MEMBER, retention_ms=INT64, topics=by_topic(
+                         index=INT32, offset=INT64, metadata=STRING)),
                      dict(throttle_ms=INT32, topics=by_topic(index=INT32, error=INT16))),
-    "OffsetFetch": (9, 3, dict(group=STRING, topics=[dict(name=STRING, partitions=[INT32])]),
+    "OffsetFetch": (9, 3, dict(group=STRING, topics=by_topic(INT32)),
                     dict(throttle_ms=INT32, topics=by_topic(
                         index=INT32, offset=INT64, metadata=STRING, error=INT16), error=INT16)),
     "FindCoordinator": (10, 1, dict(key=STRING, key_type=INT8),
-                        dict(throttle_ms=INT32, error=INT16, message=STRING, node=INT32,
-                             host=STRING, port=INT32)),
+                        dict(STATUS, message=STRING, node=INT32, host=STRING, port=INT32)),
     "JoinGroup": (11, 4, dict(group=STRING, session_timeout_ms=INT32, rebalance_timeout_ms=INT32,
                               member_id=STRING, protocol_type=STRING,
                               protocols=[dict(name=STRING, metadata=BYTES)]),
-                  dict(throttle_ms=INT32, error=INT16, generation=INT32, protocol=STRING,
-                       leader=STRING, member_id=STRING,
+                  dict(STATUS, generation=INT32, protocol=STRING, leader=STRING, member_id=STRING,
                        members=[dict(member_id=STRING, metadata=BYTES)])),
-    "Heartbeat": (12, 1, dict(group=STRING, generation=INT32, member_id=STRING),
-                  dict(throttle_ms=INT32, error=INT16)),
-    "LeaveGroup": (13, 1, dict(group=STRING, member_id=STRING),
-                   dict(throttle_ms=INT32, error=INT16)),
-    "SyncGroup": (14, 1, dict(group=STRING, generation=INT32, member_id=STRING,
-                              assignments=[dict(member_id=STRING, assignment=BYTES)]),
-                  dict(throttle_ms=INT32, error=INT16, assignment=BYTES)),
+    "Heartbeat": (12, 1, MEMBER, STATUS),
+    "LeaveGroup": (13, 1, dict(group=STRING, member_id=STRING), STATUS),
+    "SyncGroup": (14, 1, dict(MEMBER, assignments=[dict(member_id=STRING, assignment=BYTES)]),
+                  dict(STATUS, assignment=BYTES)),
     "SaslHandshake": (17, 1, dict(mechanism=STRING), dict(error=INT16, mechanisms=[STRING])),
     "ApiVersions": (18, 0, {}, dict(error=INT16,
                                     apis=[dict(key=INT16, lowest=INT16, highest=INT16)])),
     "InitProducerId": (22, 0, dict(transactional_id=STRING, timeout_ms=INT32),
-                       dict(throttle_ms=INT32, error=INT16, producer_id=INT64, epoch=INT16)),
+                       dict(STATUS, producer_id=INT64, epoch=INT16)),
     "SaslAuthenticate": (36, 0, dict(data=BYTES), dict(error=INT16, message=STRING, data=BYTES)),
 }
 HEADER = dict(key=INT16, version=INT16, correlation_id=INT32, client_id=STRING)
 SUBSCRIPTION = dict(version=INT16, topics=[STRING], user_data=BYTES)    # what JoinGroup carries
-ASSIGNMENT = dict(version=INT16, topics=[dict(name=STRING, partitions=[INT32])], user_data=BYTES)
+ASSIGNMENT = dict(version=INT16, topics=by_topic(INT32), user_data=BYTES)
 
-# What an error code asks for: TRY again, after a LOOK at who leads the partition or coordinates the
-# group; REJOIN the group; start again as a member that is EXPELLED; SKIP the record; ask for a new
-# producer id (RENEW); UNSURE: the record may have been written; START at the earliest offset; it is
-# DONE already; or STOP, since trying again is of no use.
+# What each error code asks for.
 TRY, LOOK, REJOIN, EXPELLED, SKIP = "try", "look", "rejoin", "expelled", "skip"
 RENEW, UNSURE, START, DONE, STOP = "renew", "unsure", "start", "done", "stop"
-ERRORS = {
-    -1: ("UNKNOWN_SERVER_ERROR", TRY), 1: ("OFFSET_OUT_OF_RANGE", START),
-    2: ("CORRUPT_MESSAGE", TRY), 3: ("UNKNOWN_TOPIC_OR_PARTITION", LOOK),
-    5: ("LEADER_NOT_AVAILABLE", LOOK), 6: ("NOT_LEADER_OR_FOLLOWER", LOOK),
-    7: ("REQUEST_TIMED_OUT", UNSURE), 8: ("BROKER_NOT_AVAILABLE", LOOK),
-    9: ("REPLICA_NOT_AVAILABLE", LOOK), 10: ("MESSAGE_TOO_LARGE", SKIP),
-    13: ("NETWORK_EXCEPTION", UNSURE), 14: ("COORDINATOR_LOAD_IN_PROGRESS", LOOK),
-    15: ("COORDINATOR_NOT_AVAILABLE", LOOK), 16: ("NOT_COORDINATOR", LOOK),
-    17: ("INVALID_TOPIC_EXCEPTION", STOP), 18: ("RECORD_LIST_TOO_LARGE", SKIP),
-    19: ("NOT_ENOUGH_REPLICAS", TRY), 20: ("NOT_ENOUGH_REPLICAS_AFTER_APPEND", UNSURE),
-    22: ("ILLEGAL_GENERATION", EXPELLED),
-    23: ("INCONSISTENT_GROUP_PROTOCOL (the others do without the range assignor)", STOP),
-    24: ("INVALID_GROUP_ID", STOP), 25: ("UNKNOWN_MEMBER_ID", EXPELLED),
-    26: ("INVALID_SESSION_TIMEOUT", STOP),
-    27: ("REBALANCE_IN_PROGRESS", REJOIN), 29: ("TOPIC_AUTHORIZATION_FAILED", STOP),
-    30: ("GROUP_AUTHORIZATION_FAILED", STOP), 31: ("CLUSTER_AUTHORIZATION_FAILED", STOP),
-    32: ("INVALID_TIMESTAMP (is this machine's clock right?)", TRY),
-    33: ("UNSUPPORTED_SASL_MECHANISM", STOP),
-    34: ("ILLEGAL_SASL_STATE (is KAFKA_SECURITY_PROTOCOL right?)", STOP),
-    35: ("UNSUPPORTED_VERSION", STOP), 42: ("INVALID_REQUEST", STOP),
-    43: ("UNSUPPORTED_FOR_MESSAGE_FORMAT", STOP), 44: ("POLICY_VIOLATION", STOP),
-    45: ("OUT_OF_ORDER_SEQUENCE_NUMBER", RENEW), 46: ("DUPLICATE_SEQUENCE_NUMBER", DONE),
-    47: ("INVALID_PRODUCER_EPOCH", RENEW), 56: ("KAFKA_STORAGE_ERROR", LOOK),
-    58: ("SASL_AUTHENTICATION_FAILED (KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD)", STOP),
-    59: ("UNKNOWN_PRODUCER_ID", RENEW), 72: ("LISTENER_NOT_FOUND", LOOK),
-    74: ("FENCED_LEADER_EPOCH", LOOK), 75: ("UNKNOWN_LEADER_EPOCH", LOOK),
-    76: ("UNSUPPORTED_COMPRESSION_TYPE (set the topic's compression.type to lz4)", STOP),
-    78: ("OFFSET_NOT_AVAILABLE", TRY),
-    79: ("MEMBER_ID_REQUIRED", REJOIN), 81: ("GROUP_MAX_SIZE_REACHED", TRY),
-    87: ("INVALID_RECORD (does the topic want keys?)", SKIP),
-    88: ("UNSTABLE_OFFSET_COMMIT", TRY), 89: ("THROTTLING_QUOTA_EXCEEDED", TRY),
-    90: ("PRODUCER_FENCED", RENEW)}
+ERRORS = {code: (name, action) for action, names in (
+    (TRY, {     # again, later; so do codes that are not listed
+        -1: "UNKNOWN_SERVER_ERROR", 2: "CORRUPT_MESSAGE", 19: "NOT_ENOUGH_REPLICAS",
+        32: "INVALID_TIMESTAMP (is this machine's clock right?)", 78: "OFFSET_NOT_AVAILABLE",
+        81: "GROUP_MAX_SIZE_REACHED", 88: "UNSTABLE_OFFSET_COMMIT",
+        89: "THROTTLING_QUOTA_EXCEEDED"}),
+    (LOOK, {    # who leads the partition or coordinates the group, and try again
+        3: "UNKNOWN_TOPIC_OR_PARTITION", 5: "LEADER_NOT_AVAILABLE", 6: "NOT_LEADER_OR_FOLLOWER",
+        8: "BROKER_NOT_AVAILABLE", 9: "REPLICA_NOT_AVAILABLE", 14: "COORDINATOR_LOAD_IN_PROGRESS",
+        15: "COORDINATOR_NOT_AVAILABLE", 16: "NOT_COORDINATOR", 56: "KAFKA_STORAGE_ERROR",
+        72: "LISTENER_NOT_FOUND", 74: "FENCED_LEADER_EPOCH", 75: "UNKNOWN_LEADER_EPOCH"}),
+    (UNSURE, {  # the record may have been written
+        7: "REQUEST_TIMED_OUT", 13: "NETWORK_EXCEPTION", 20: "NOT_ENOUGH_REPLICAS_AFTER_APPEND"}),
+    (DONE, {46: "DUPLICATE_SEQUENCE_NUMBER"}),              # it was written before
+    (RENEW, {   # ask for a new producer id
+        45: "OUT_OF_ORDER_SEQUENCE_NUMBER", 47: "INVALID_PRODUCER_EPOCH",
+        59: "UNKNOWN_PRODUCER_ID", 90: "PRODUCER_FENCED"}),
+    (SKIP, {    # the record: it will never be taken
+        10: "MESSAGE_TOO_LARGE", 18: "RECORD_LIST_TOO_LARGE",
+        87: "INVALID_RECORD (does the topic want keys?)"}),
+    (START, {1: "OFFSET_OUT_OF_RANGE"}),                    # at the earliest offset
+    (REJOIN, {27: "REBALANCE_IN_PROGRESS"}),                # the group
+    (EXPELLED, {22: "ILLEGAL_GENERATION", 25: "UNKNOWN_MEMBER_ID"}),
+    (STOP, {    # trying again is of no use
+        17: "INVALID_TOPIC_EXCEPTION",
+        23: "INCONSISTENT_GROUP_PROTOCOL (the others do without the range assignor)",
+        24: "INVALID_GROUP_ID", 26: "INVALID_SESSION_TIMEOUT", 29: "TOPIC_AUTHORIZATION_FAILED",
+        30: "GROUP_AUTHORIZATION_FAILED",
+        31: "CLUSTER_AUTHORIZATION_FAILED (IdempotentWrite, before Kafka 2.8?)",
+        33: "UNSUPPORTED_SASL_MECHANISM",
+        34: "ILLEGAL_SASL_STATE (is KAFKA_SECURITY_PROTOCOL right?)",
+        35: "UNSUPPORTED_VERSION", 42: "INVALID_REQUEST", 43: "UNSUPPORTED_FOR_MESSAGE_FORMAT",
+        44: "POLICY_VIOLATION",
+        58: "SASL_AUTHENTICATION_FAILED (KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD)",
+        76: "UNSUPPORTED_COMPRESSION_TYPE (set the topic's compression.type to lz4)"}),
+    ) for code, name in names.items()}
 
 SESSION_MS = 10000              # a killed bot's partitions move after this; brokers allow 6 s on
 REBALANCE_MS = 60000            # the group waits so long for a bot that is busy with updates
@@ -578,12 +594,12 @@ FIRST_TRIES = 6                 # what fails as often before any broker has answ
 
 
 class KafkaError(Exception):
-    """An error code of a broker that it may be worth trying again after; `answer` had it."""
+    """An error code of a broker that it may be worth trying again after."""
 
-    def __init__(self, code, about, answer=None):
+    def __init__(self, code, about):
         name, self.action = ERRORS.get(code, ("Kafka's error %d" % code, TRY))
         super().__init__("%s: %s" % (about, name))
-        self.code, self.answer = code, answer
+        self.code = code
 
 
 class Malformed(Exception):
@@ -593,13 +609,11 @@ class Malformed(Exception):
 TROUBLE = (OSError, KafkaError, Malformed)      # what is waited out
 
 
-def check(code, about, answer=None):
+def check(code, about):
     """Raise for an error code: Refused where trying again is of no use, else KafkaError."""
-    name, action = ERRORS.get(code, ("", TRY))
-    if action == STOP:
-        raise Refused("Kafka refuses %s: %s" % (about, name), code)
     if code:
-        raise KafkaError(code, about, answer)
+        error = KafkaError(code, about)
+        raise Refused("Kafka refuses %s" % error) if error.action == STOP else error
 
 
 def first_error(answer):
@@ -1072,10 +1086,9 @@ class Connection:
         answer = decoder.value(expected)
         code = first_error(answer) if errors else 0
         if code:
-            names = [getattr(topic, "get", {"name": topic}.get)("name")
-                     for topic in request.get("topics", ())]
+            names = [topic["name"] for topic in request.get("topics", ())]
             about = ", ".join(names) or request.get("group") or self.name
-            check(code, "%s (%s)" % (api, about), answer)
+            check(code, "%s (%s)" % (api, about))
         if decoder.position != len(decoder.data):
             raise Malformed("the length of an answer of " + self.name)
         return answer
@@ -1151,16 +1164,19 @@ class Cluster:
         return leaders
 
     def coordinator(self):
-        """Return the address of the broker that keeps the group."""
         if not self.coordinator_at:
             answer = self.call_any("FindCoordinator", dict(key=self.settings.group, key_type=0))
             self.coordinator_at = answer["host"], answer["port"]
         return self.coordinator_at
 
-    def look_again(self):
-        """Take nothing for granted that brokers have told of leaders and the coordinator."""
+    def note_failure(self, what, error, failures):
+        """Log a failure, and take nothing for granted any more that brokers have told of leaders
+        and the coordinator. Return seconds to wait."""
+        delay = retry_delay(failures)
+        log_retry(what, error, failures, delay)
         self.looked.clear()
         self.coordinator_at = None
+        return delay
 
     def close(self):
         for address in list(self.connections):
@@ -1171,22 +1187,7 @@ class Cluster:
             self.connections.pop(address).socket.close()
 
 
-# ---- Kafka: the consumer group ------------------------------------------------------------------
-
-def assign_ranges(members, counts):
-    """Share partitions out as Java's range assignor does: {member: {topic: [partition, ...]}}.
-
-    members: {member: its topics}; counts: {topic: the number of its partitions}.
-    """
-    shares = {member: {} for member in members}
-    for topic, count in counts.items():
-        readers = sorted(member for member in members if topic in members[member])
-        for place, member in enumerate(readers):
-            share, extra = divmod(count, len(readers))
-            first = place * share + min(place, extra)
-            shares[member][topic] = list(range(first, first + share + (place < extra)))
-    return shares
-
+# ---- Kafka: partitions, and who reads them ------------------------------------------------------
 
 class Partition:
     """A partition that we read in one generation of the group. Member.changed guards it.
@@ -1213,8 +1214,7 @@ class Partition:
         if following is None:
             return None
         mark = min(self.in_hand | {following})
-        self.done = {offset for offset in self.done if offset >= mark}
-        return mark, frozenset(self.done)
+        return mark, frozenset(offset for offset in self.done if offset >= mark)
 
     def fill(self, after, records):
         """Keep fetched records; the next fetch begins at offset `after`."""
@@ -1223,18 +1223,128 @@ class Partition:
         self.position = after
 
     def may_be_handed_out(self):
-        """Return whether there is a record to hand out."""
         return bool(self.records) and len(self.done) < WINDOW
-
-    def start_anew(self):
-        """Begin at the earliest offset, since the next one is not there any more."""
-        self.position, self.done = None, set()
 
     def is_told(self, offset):
         """Return whether the group knows that an offset is done."""
         return bool(self.committed) and (self.committed[0] > offset or offset in self.committed[1])
 
 
+class Reader(threading.Thread):
+    """Fetches from one leader, as long as it leads anything for us: so none waits for another."""
+
+    def __init__(self, settings, stopping, member, leader):
+        super().__init__(daemon=True)
+        self.topic, self.stopping, self.member, self.leader = (
+            settings.incoming, stopping, member, leader)
+        self.cluster = Cluster(settings, self._is_over)
+        self.start()
+
+    def _is_over(self):
+        return (self.stopping.requested or self.member.state == LEFT
+                or self.leader not in self.member.leaders.values())
+
+    def run(self):
+        failures = 0
+        while not self._is_over():
+            try:
+                self._read()
+                failures = 0
+            except TROUBLE as error:
+                failures += 1
+                self.member.cluster.looked.clear()
+                self.stopping.sleep(self.cluster.note_failure(
+                    "reading %s from %s:%d" % ((self.topic,) + self.leader), error, failures))
+            except Interrupted:
+                break
+            except Exception as error:
+                self.stopping.fail(error)
+        self.cluster.close()
+
+    def _read(self):
+        """Fetch those of the leader's partitions that have no records left, when there are some."""
+        def led():
+            return [partition for partition in self.member.partitions
+                    if self.member.leaders.get(partition.index) == self.leader]
+
+        def hungry():
+            return [partition for partition in led() if not partition.records
+                    and time.monotonic() > partition.rests_until]
+
+        with self.member.changed:
+            partitions = self.member.changed.wait_for(hungry, FETCH_MS / 1000)
+            wait_ms = FETCH_MS if len(partitions) == len(led()) else BUSY_FETCH_MS
+        if partitions:
+            self._fetch(partitions, wait_ms)
+
+    def _fetch(self, partitions, wait_ms):
+        """Fetch partitions from their leader, which waits for wait_ms where it has nothing."""
+        for partition in partitions:
+            if partition.position is None:
+                earliest = self._find_earliest(partition)
+                with self.member.changed:
+                    partition.position = earliest
+        asked = {partition.index: partition.position for partition in partitions}
+        answer = self.cluster.call(self.leader, "Fetch", dict(
+            replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
+            isolation_level=1, session_id=0, session_epoch=-1, forgotten=[],
+            topics=one_topic(self.topic, [dict(
+                index=index, leader_epoch=-1, offset=offset, log_start_offset=-1,
+                max_bytes=PARTITION_BYTES) for index, offset in asked.items()])), errors=False)
+        check(answer["error"], "Fetch")
+        fetched = {part["index"]: part for part in partitions_of(answer)}
+        for partition in partitions:
+            if partition.index in fetched:
+                self._keep(partition, asked[partition.index], fetched[partition.index])
+
+    def _find_earliest(self, partition):
+        answer = self.cluster.call(self.leader, "ListOffsets", dict(
+            replica_id=-1, isolation_level=1, topics=one_topic(self.topic, [dict(
+                index=partition.index, time_ms=-2)])))      # -2: the earliest
+        for part in partitions_of(answer):
+            return part["offset"]
+        raise Malformed("an answer without the earliest offset")
+
+    def _keep(self, partition, offset, part):
+        """Keep what a Fetch from an offset on brought, or note why it brought nothing."""
+        place, code, batches = "%s, partition %d" % (self.topic, partition.index), part["error"], []
+        if ERRORS.get(code, ("", TRY))[1] == START:
+            log.warning("%s: offset %d is not there any more: from the earliest on", place, offset)
+        else:
+            check(code, "Fetch (%s)" % place)
+            try:
+                batches.extend(decode_batches(part["records"] or b"", part["aborted"], self.topic))
+            except Malformed as error:
+                partition.rests_until = time.monotonic() + 1
+                log.warning("partition %d: %s; trying again in 1 s", partition.index, error)
+        with self.member.changed:
+            if partition.position != offset:        # a new leader was faster than this one
+                return
+            if code:        # the next offset is gone
+                partition.position, partition.done = None, set()
+            for after, records in batches:
+                partition.fill(after, records)
+            self.member.changed.notify_all()
+
+
+# ---- Kafka: the consumer group ------------------------------------------------------------------
+
+def assign_ranges(members, counts):
+    """Share partitions out as Java's range assignor does: {member: {topic: [partition, ...]}}.
+
+    members: {member: its topics}; counts: {topic: the number of its partitions}.
+    """
+    shares = {member: {} for member in members}
+    for topic, count in counts.items():
+        readers = sorted(member for member in members if topic in members[member])
+        for place, member in enumerate(readers):
+            share, extra = divmod(count, len(readers))
+            first = place * share + min(place, extra)
+            shares[member][topic] = list(range(first, first + share + (place < extra)))
+    return shares
+
+
+MEMBER_ID_REQUIRED = 79
 JOINING, STABLE, REBALANCING = "joining", "stable", "rebalancing"
 FENCED, LEFT = "fenced", "left"
 
@@ -1242,56 +1352,44 @@ FENCED, LEFT = "fenced", "left"
 class Member:
     """Our part in the consumer group, on a thread that alone talks to the group's coordinator.
 
-    It joins, sends heartbeats, commits what is done, and leaves. Its states:
+    It joins, sends heartbeats, commits what is done, and leaves. It sees to it that something reads
+    from each leader. Its states:
 
         JOINING      until the group has shared out the partitions: STABLE. Nothing is in hand.
         STABLE       updates are taken
         REBALANCING  others come or go, or the topic has grown: nothing more is taken. When nothing
                      is in hand and all is committed, or after LET_GO_SECONDS: JOINING
-        FENCED       from any of the above, when the group has expelled us: what is in hand belongs
-                     to others. When nothing is in hand: JOINING
+        FENCED       from any of the above, when the group has expelled us: no partition is ours any
+                     more, nor what is in hand. When nothing is in hand: JOINING
         LEFT         by leave(), when nothing is in hand; for good
     """
 
-    def __init__(self, settings):
-        self.settings, self.id, self.generation = settings, "", -1
+    def __init__(self, settings, stopping):
+        self.settings, self.stopping, self.id, self.generation = settings, stopping, "", -1
         self.partition_count = None     # of the topic; only the group's leader knows it
         self.failures = 0           # in a row
         self.reached = False        # whether a coordinator has ever answered
         self.beat_at = 0.0          # when the next heartbeat is due
-        self.leave_by = None        # set by leave(): when to stop trying
-        self.leaving = False
+        self.leave_by = 0.0         # set by leave(): when to stop trying
+        self.leaving = False        # whether the thread knows of it
+        self.leaders = {}           # partition: the address of its leader, or None
+        self.readers = {}           # address: the one that fetches from it
         self.changed = threading.Condition()        # guards what follows, and the partitions
         self.state, self.partitions = JOINING, []
         self.hands = 0              # receipts whose updates are neither done nor given up
         self.heard_at = 0.0         # when the group last knew us
         self.rebalance_at = 0.0     # when the state became REBALANCING
-        self.failure = None         # what has ended the thread: the bot ends with it
         self.cluster = Cluster(settings, self._is_over)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     # What other threads call.
 
-    def is_stable(self, seconds):
-        """Return whether updates may be taken, within `seconds`. Raises what ended the thread."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.state == STABLE or self.failure, seconds)
-            if self.failure:
-                raise self.failure
-            return self.state == STABLE
-
-    def topic_has(self, count):
-        """Say how many partitions the topic has: where that is new, the group's leader acts."""
-        with self.changed:
-            if self.partition_count not in (None, count):
-                self._to(REBALANCING)
-
     def owns(self, partition):
         """Return whether we may write replies to its updates; None: not known at the moment."""
         with self.changed:
             now, expired = time.monotonic(), self.heard_at + SESSION_MS / 1000
-            if self.failure or partition not in self.partitions or self.state == FENCED:
+            if partition not in self.partitions:
                 return False
             if self.state == REBALANCING and now > self.rebalance_at + LET_GO_SECONDS:
                 return False
@@ -1310,9 +1408,8 @@ class Member:
             partition.done.add(offset)
             self.hands -= 1
             self.changed.notify_all()
-            self.changed.wait_for(
-                lambda: partition.is_told(offset) or partition not in self.partitions
-                or self.state == FENCED or self.failure, ANSWER_SECONDS)
+            self.changed.wait_for(lambda: partition.is_told(offset)
+                                  or partition not in self.partitions, ANSWER_SECONDS)
             return partition.is_told(offset)
 
     def leave(self):
@@ -1339,16 +1436,15 @@ class Member:
                     break
             self._leave()
         except Exception as error:
+            self.stopping.fail(error)
             with self.changed:
-                self.failure = error
-                self.changed.notify_all()
+                self._to(FENCED)
         self.cluster.close()
 
     def _is_over(self):
         """Once we leave, no answer is waited for, but the one that tells our name in the group."""
-        if self.leave_by is None:
-            return False
-        return time.monotonic() > self.leave_by or bool(self.id) and not self.leaving
+        return self.state == LEFT and (time.monotonic() > self.leave_by
+                                       or bool(self.id) and not self.leaving)
 
     def _to(self, state):
         """Change the state, unless we have left; `changed` is held."""
@@ -1356,17 +1452,17 @@ class Member:
             return
         if state == REBALANCING:
             self.rebalance_at = time.monotonic()
-        if state == JOINING:
+        if state in (JOINING, FENCED):
             self.partitions = []
         self.state = state
         self.changed.notify_all()
 
-    def _call(self, api, seconds=ANSWER_SECONDS, **fields):
+    def _call(self, api, seconds=ANSWER_SECONDS, errors=True, **fields):
         """Call the coordinator, with the fields by which the group knows us."""
         fields.update(group=self.settings.group, generation=self.generation, member_id=self.id)
         address = self.cluster.coordinator()
         self.reached = True
-        answer = self.cluster.call(address, api, fields, seconds=seconds)
+        answer = self.cluster.call(address, api, fields, seconds=seconds, errors=errors)
         self.heard_at = time.monotonic()
         return answer
 
@@ -1374,9 +1470,13 @@ class Member:
         """Take part in the next generation; that waits until each member has done its updates."""
         topic, seconds = self.settings.incoming, REBALANCE_MS / 1000 + 5
         subscription = encode(SUBSCRIPTION, dict(version=0, topics=[topic], user_data=b""))
-        answer = self._call("JoinGroup", seconds, session_timeout_ms=SESSION_MS,
+        answer = self._call("JoinGroup", seconds, errors=False, session_timeout_ms=SESSION_MS,
                             rebalance_timeout_ms=REBALANCE_MS, protocol_type="consumer",
                             protocols=[dict(name="range", metadata=subscription)])
+        if answer["error"] == MEMBER_ID_REQUIRED:
+            self.id = answer["member_id"]
+            return
+        check(answer["error"], "JoinGroup (%s)" % self.settings.group)
         self.id, self.generation = answer["member_id"], answer["generation"]
         self.partition_count = None
         shares = self._share_out(answer["members"]) if answer["leader"] == self.id else []
@@ -1384,10 +1484,10 @@ class Member:
         topics = Decoder(share).value(ASSIGNMENT)["topics"] if share else []
         indexes = [index for entry in topics if entry["name"] == topic
                    for index in entry["partitions"]]
-        answer = self._call("OffsetFetch", topics=[dict(name=topic, partitions=indexes)])
+        answer = self._call("OffsetFetch", topics=one_topic(topic, indexes))
         with self.changed:
             self.partitions = [Partition(part["index"], part["offset"], part["metadata"])
-                               for entry in answer["topics"] for part in entry["partitions"]]
+                               for part in partitions_of(answer)]
             self._to(STABLE)
         log.info("group %s, generation %d: partitions %s of %s", self.settings.group,
                  self.generation, ", ".join(map(str, indexes)) or "none", topic)
@@ -1408,24 +1508,37 @@ class Member:
     def _keep(self):
         """Wait for something to do, do it, and join again when nothing is in the way of that."""
         with self.changed:
-            self.changed.wait_for(lambda: self.state == LEFT or self._may_join() or (
-                self.state != FENCED and self._news()), self.beat_at - time.monotonic())
-            if self.state == LEFT:
-                return
+            self.changed.wait_for(lambda: self.state == LEFT or self._may_join() or self._news(),
+                                  self.beat_at - time.monotonic())
             if self._may_join():
-                return self._to(JOINING)
-            fenced = self.state == FENCED
-        if time.monotonic() >= self.beat_at:
+                self._to(JOINING)
+            if self.state in (JOINING, LEFT):
+                return
+        due = time.monotonic() >= self.beat_at
+        if due:
             self.beat_at = time.monotonic() + HEARTBEAT_SECONDS
-            if not fenced:
+            if self.state != FENCED:
                 self._call("Heartbeat", SESSION_MS / 3000)
-        if not fenced:
-            self._commit()
+        self._commit()
+        if due:
+            self._look_at_topic()
+
+    def _look_at_topic(self):
+        """Find out who leads the partitions, and whether there are more than we have shared out."""
+        self.leaders = self.cluster.leaders(self.settings.incoming)
+        if self.partition_count not in (None, len(self.leaders)):
+            with self.changed:
+                self._to(REBALANCING)
+        for leader in set(self.leaders.values()) - {None}:
+            if leader not in self.readers or not self.readers[leader].is_alive():
+                self.readers[leader] = Reader(self.settings, self.stopping, self, leader)
+        if not self.leaders:
+            raise KafkaError(3, "topic " + self.settings.incoming)
 
     def _may_join(self):
         late = time.monotonic() > self.rebalance_at + LET_GO_SECONDS
-        return not self.hands and (self.state == FENCED or self.state == REBALANCING
-                                   and (late or not self._news()))
+        return (not self.hands and self.state in (FENCED, REBALANCING)
+                and (late or not self._news()))
 
     def _news(self):
         """Return {partition: its progress} of those about which the group does not know it yet."""
@@ -1439,24 +1552,21 @@ class Member:
             news = self._news()
         if not news:
             return
-        self._call("OffsetCommit", retention_ms=-1, topics=[dict(
-            name=self.settings.incoming, partitions=[dict(
-                index=partition.index, offset=mark, metadata="done:" + ",".join(
-                    str(offset - mark) for offset in sorted(done)) if done else None)
-                for partition, (mark, done) in news.items()])])
+        self._call("OffsetCommit", retention_ms=-1, topics=one_topic(self.settings.incoming, [
+            dict(index=partition.index, offset=mark, metadata="done:" + ",".join(
+                str(offset - mark) for offset in sorted(done)) if done else None)
+            for partition, (mark, done) in news.items()]))
         with self.changed:
-            for partition, progress in news.items():
-                partition.committed = progress
+            for partition, (mark, done) in news.items():
+                partition.committed = mark, done
+                partition.done = {offset for offset in partition.done if offset >= mark}
             self.changed.notify_all()
 
     def _mend(self, error):
         """Do what an error asks for; what has no other remedy is waited out."""
-        action, code = getattr(error, "action", None), getattr(error, "code", None)
+        action = getattr(error, "action", None)
         if action == REJOIN:
             self.heard_at = time.monotonic()
-            if code == 79:          # MEMBER_ID_REQUIRED: the answer has it
-                self.id = error.answer["member_id"]
-                return
             with self.changed:
                 self._to(REBALANCING)
                 self.changed.wait_for(lambda: self.state == LEFT, 0.1)
@@ -1464,24 +1574,22 @@ class Member:
         self.failures += 1
         if action == EXPELLED:
             log.warning("expelled from the group: %s", error)
-            self.id = "" if code == 25 else self.id         # UNKNOWN_MEMBER_ID
+            if error.code == 25:        # UNKNOWN_MEMBER_ID
+                self.id = ""
             with self.changed:
-                return self._to(JOINING if self.state == JOINING else FENCED)
+                return self._to(FENCED)
         wrong = (socket.gaierror, ssl.SSLError, ConnectionResetError, BrokenPipeError)
         if not self.reached and self.failures >= FIRST_TRIES and isinstance(error, wrong):
             raise Refused("KAFKA_BROKERS, KAFKA_SECURITY_PROTOCOL or KAFKA_SSL_CERTFILE is "
                           "wrong: %s" % error)
-        delay = retry_delay(self.failures)
-        log.warning("group %s: %s; trying again in %.1f s", self.settings.group, error, delay)
-        self.cluster.look_again()
+        delay = self.cluster.note_failure("group " + self.settings.group, error, self.failures)
         with self.changed:
             self.changed.wait_for(lambda: self.state == LEFT, delay)
 
     def _leave(self):
         self.leaving = True
         try:
-            if self.partitions:
-                self._commit()
+            self._commit()
         except (Refused, Interrupted) + TROUBLE as error:
             log.warning("the last updates were not committed, and may be done again: %s",
                         error or "no answer")
@@ -1491,11 +1599,6 @@ class Member:
                 log.info("left group %s", self.settings.group)
         except (Refused, Interrupted) + TROUBLE as error:
             log.warning("group %s was not left: %s", self.settings.group, error or "no answer")
-
-
-def retry_delay(failures):
-    """Return seconds to wait before another try: 0.1 to 3, more after more failures in a row."""
-    return min(3, 0.1 * 2 ** min(failures, 10)) * random.uniform(0.5, 1)
 
 
 # ---- Kafka: the producer ------------------------------------------------------------------------
@@ -1516,64 +1619,57 @@ class Producer:
     def append(self, topic, key, value, may_write):
         """Append a record, and return when each replica has it.
 
-        may_write(since, unsure) is asked before each try, and raises where the record is to be
-        given up; `since`: when it was first tried; `unsure`: an earlier try may have written it.
-        KafkaError: the topic refuses the record.
+        may_write(since, unsure) is asked until it is true before each try, and raises where the
+        record is to be given up; `since`: when it was first tried; `unsure`: an earlier try may
+        have written it. KafkaError: the topic refuses the record.
         """
-        partition, unsure, self.since = None, False, time.monotonic()
+        partition, unsure, retry_at, self.since = None, False, 0.0, time.monotonic()
         for failures in itertools.count(1):
-            may_write(self.since, unsure)
+            while not may_write(self.since, unsure) or time.monotonic() < retry_at:
+                time.sleep(0.05)
             sending = False
             try:
-                leaders = self.cluster.leaders(topic, create=True)
-                if partition not in leaders:        # it stays the same, so that a repeat is known
-                    partition = self._choose(topic, key, leaders)
-                self._get_id(leaders[partition])
+                partition, leader = self._place(topic, key, partition)
+                self._get_id(leader)
                 sending = True
-                return self._produce(topic, partition, leaders[partition], key, value)
+                return self._produce(topic, partition, leader, key, value)
             except TROUBLE as error:
                 action = getattr(error, "action", UNSURE)
                 if action == SKIP or sending and failures > 3 and getattr(error, "code", 0) == 2:
                     raise       # before Kafka 2.4 code 2 was also what INVALID_RECORD is now
                 unsure = unsure or sending and action == UNSURE
-                delay = retry_delay(failures)
-                if not failures & failures - 1:         # the 1st, 2nd, 4th, 8th ...
-                    log.warning("writing to %s: %s; trying again in %.1f s", topic, error, delay)
-            self.cluster.look_again()
-            self._pause(delay, may_write, unsure)
+                retry_at = time.monotonic() + self.cluster.note_failure(
+                    "writing to " + topic, error, failures)
 
-    def _pause(self, seconds, may_write, unsure):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            may_write(self.since, unsure)
-            time.sleep(0.05)
+    def close(self):
+        self.cluster.close()
 
-    def _choose(self, topic, key, leaders):
+    def _place(self, topic, key, partition):
+        """Return the partition for a record and its leader. It is the one that was tried before, as
+        long as there is such a one, so that a repeat is known."""
+        leaders = self.cluster.leaders(topic, create=True)
         if not leaders:
             raise KafkaError(3, "topic " + topic)
-        return (random.getrandbits(31) if key is None else murmur2(key)) % len(leaders)
+        if partition not in leaders:
+            number = random.getrandbits(31) if key is None else murmur2(key)
+            partition = number % len(leaders)
+        if not leaders[partition]:
+            raise KafkaError(5, "topic %s, partition %d" % (topic, partition))
+        return partition, leaders[partition]
 
     def _get_id(self, address):
-        if not address:
-            raise KafkaError(5, "a partition of the topic")
-        if self.id:
-            return
-        try:
+        if not self.id:
             answer = self.cluster.call(address, "InitProducerId",
                                        dict(transactional_id=None, timeout_ms=60000))
             self.id, self.sequences = (answer["producer_id"], answer["epoch"]), {}
-        except Refused as error:
-            if error.code != 31:    # before Kafka 2.8 an id took a right of its own: do without
-                raise
-            self.id = -1, -1
 
     def _produce(self, topic, partition, address, key, value):
-        sequence = self.sequences.get((topic, partition), 0) if self.id[0] >= 0 else -1
+        sequence = self.sequences.get((topic, partition), 0)
         records = encode_batch(key, value, self.id[0], self.id[1], sequence)
         try:
             self.cluster.call(address, "Produce", dict(
-                transactional_id=None, acks=-1, timeout_ms=10000, topics=[dict(
-                    name=topic, partitions=[dict(index=partition, records=records)])]))
+                transactional_id=None, acks=-1, timeout_ms=10000,
+                topics=one_topic(topic, [dict(index=partition, records=records)])))
         except KafkaError as error:
             if error.action == RENEW:
                 self.id = None
@@ -1590,7 +1686,15 @@ class Receipt:
     def __init__(self, member, partition, record, topic):
         self.member, self.partition, (self.offset, self.key, self.value) = member, partition, record
         self.place = "%s, partition %d, offset %d" % (topic, partition.index, self.offset)
-        self.update, self.broken = {}, None
+        self.update, self.bot_id, self.broken = {}, None, None      # broken: why there is no update
+        try:
+            envelope = json.loads(self.value)
+            update, self.bot_id = envelope["update"], str(envelope["bot_id"])
+            if not isinstance(update, dict):
+                raise TypeError
+            self.update = update
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            self.broken = type(error).__name__
 
 
 class Kafka:
@@ -1598,45 +1702,24 @@ class Kafka:
     by SIGTERM only.
 
     An update that was given up comes again. An envelope whose bot_id is not BOT_ID is passed over.
-    Refused and ConfigError may come from any method; every other failure is waited out.
-    Interrupted: the bot has to stop, or the update belongs to another bot now.
+    Every failure but Refused is waited out. Interrupted: the bot has to stop, or the update belongs
+    to another bot now.
     """
 
     def __init__(self, environ, stopping):
         self.settings, self.stopping, self.member = kafka_settings(environ), stopping, None
-        self.cluster = Cluster(self.settings, lambda: stopping.requested)     # only take() calls it
         self.producers = collections.deque()        # those that no thread uses at the moment
-        self.failures = 0           # of take(), in a row
-        self.leaders = {}           # partition: the address of its leader, or None
-        self.readers = {}           # address: the thread that fetches from it
-        self.failure = None         # what has ended a reader, and ends the bot
 
     def take(self):
-        """Return (update, receipt), or None when none came within about half a second."""
         if self.stopping.requested:
             return None
-        self.member = self.member or Member(self.settings)
-        try:
-            if not self.member.is_stable(FETCH_MS / 1000):
-                return None
-            self._see_to_readers()
-            self.failures = 0
-        except TROUBLE as error:
-            self.failures += 1
-            self._wait_out(self.settings.incoming, error, self.failures)
-        except Interrupted:
-            return None
+        self.member = self.member or Member(self.settings, self.stopping)
         with self.member.changed:
-            self.member.changed.wait_for(lambda: self.failure or any(
-                partition.may_be_handed_out() for partition in self.member.partitions),
-                FETCH_MS / 1000)
-            receipt = self._next()
-        if self.failure:
-            raise self.failure
+            partition = self.member.changed.wait_for(self._turn, FETCH_MS / 1000)
+            receipt = partition and self._next(partition)
         return receipt and (receipt.update, receipt)
 
     def reply(self, receipt, call):
-        """Produce the answer to a taken update. call: what reply_to returned."""
         method, params = call
         chat = params.get("chat_id", chat_of(receipt.update))
         key = None if chat is None else str(chat).encode("utf-8", "replace")
@@ -1661,154 +1744,27 @@ class Kafka:
         if self.member:
             self.member.leave()
         self.member = None
-        self.cluster.close()
-        self.cluster.look_again()
         while self.producers:
-            self.producers.pop().cluster.close()
+            self.producers.pop().close()
 
-    def _next(self):
-        """Return the receipt of the next update, of each partition in turn, or None."""
+    def _turn(self):
+        """Return the partition from which an update may be taken now, or None."""
         partitions = self.member.partitions if self.member.state == STABLE else []
-        partition = next(filter(Partition.may_be_handed_out, partitions), None)
-        if not partition:
-            return None
-        partitions.remove(partition)        # to the end of the turn
-        partitions.append(partition)
+        return next(filter(Partition.may_be_handed_out, partitions), None)
+
+    def _next(self, partition):
+        """Return the receipt of a partition's next update, or None when it is for another bot."""
+        self.member.partitions.remove(partition)        # to the end of the turn
+        self.member.partitions.append(partition)
         record = partition.records.popleft()
         self.member.changed.notify_all()    # its reader may fetch more
         receipt = Receipt(self.member, partition, record, self.settings.incoming)
-        if not self._open(receipt):
+        if not receipt.broken and self.settings.bot_id not in (None, "", receipt.bot_id):
+            log.info("%s is for another bot: passed over", receipt.place)
             return None
         partition.in_hand.add(receipt.offset)
         self.member.hands += 1
         return receipt
-
-    def _open(self, receipt):
-        """Put the update, or why there is none, into a receipt. Return whether it is for us."""
-        try:
-            envelope = json.loads(receipt.value)
-            update, bot_id = envelope["update"], envelope["bot_id"]
-            if not isinstance(update, dict):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            receipt.broken = type(error).__name__
-            return True
-        receipt.update = update
-        if self.settings.bot_id and str(bot_id) != self.settings.bot_id:
-            log.info("%s is for another bot: passed over", receipt.place)
-            return False
-        return True
-
-    def _see_to_readers(self):
-        """Let a thread fetch from each leader, so that none waits for another."""
-        self.leaders = self.cluster.leaders(self.settings.incoming)
-        self.member.topic_has(len(self.leaders))
-        if not self.leaders:
-            log.warning("topic %s does not exist yet", self.settings.incoming)
-            self.stopping.sleep(2)
-        for leader in set(self.leaders.values()) - {None}:
-            reader = self.readers.get(leader)
-            if not (reader and reader.is_alive()):
-                self.readers[leader] = threading.Thread(
-                    target=self._read, args=(self.member, leader), daemon=True)
-                self.readers[leader].start()
-
-    def _read(self, member, leader):
-        """Fetch from a leader, as long as it leads anything for us."""
-        def ended():
-            return (self.stopping.requested or self.member is not member
-                    or leader not in self.leaders.values())
-
-        cluster, failures = Cluster(self.settings, ended), 0
-        while not ended():
-            try:
-                self._read_once(member, leader, cluster)
-                failures = 0
-            except TROUBLE as error:
-                failures += 1
-                self._wait_out("%s from %s:%d" % ((self.settings.incoming,) + leader), error,
-                               failures)
-            except Interrupted:
-                break
-            except Exception as error:
-                self.failure = error
-                break
-        cluster.close()
-
-    def _read_once(self, member, leader, cluster):
-        """Fetch those of a leader's partitions that have no records left, when there are some."""
-        def led():
-            return [partition for partition in member.partitions
-                    if self.leaders.get(partition.index) == leader]
-
-        def hungry():
-            return [partition for partition in led() if not partition.records
-                    and time.monotonic() > partition.rests_until]
-
-        with member.changed:
-            partitions = member.changed.wait_for(hungry, FETCH_MS / 1000)
-            wait_ms = FETCH_MS if len(partitions) == len(led()) else BUSY_FETCH_MS
-        if partitions:
-            self._fetch(cluster, leader, member, partitions, wait_ms)
-
-    def _wait_out(self, what, error, failures):
-        delay = retry_delay(failures)
-        log.warning("reading %s: %s; trying again in %.1f s", what, error, delay)
-        self.cluster.look_again()
-        self.stopping.sleep(delay)
-
-    def _fetch(self, cluster, leader, member, partitions, wait_ms):
-        """Fetch partitions from their leader, which waits for wait_ms where it has nothing."""
-        for partition in partitions:
-            if partition.position is None:
-                earliest = self._find_earliest(cluster, leader, partition)
-                with member.changed:
-                    partition.position = earliest
-        asked = {partition.index: partition.position for partition in partitions}
-        answer = cluster.call(leader, "Fetch", dict(
-            replica_id=-1, max_wait_ms=wait_ms, min_bytes=1, max_bytes=PARTITION_BYTES * 16,
-            isolation_level=1, session_id=0, session_epoch=-1, forgotten=[], topics=[dict(
-                name=self.settings.incoming, partitions=[dict(
-                    index=index, leader_epoch=-1, offset=offset, log_start_offset=-1,
-                    max_bytes=PARTITION_BYTES) for index, offset in asked.items()])]), errors=False)
-        check(answer["error"], "Fetch")
-        fetched = {part["index"]: part for entry in answer["topics"]
-                   for part in entry["partitions"]}
-        for partition in partitions:
-            if partition.index in fetched:
-                self._keep(member, partition, asked[partition.index], fetched[partition.index])
-
-    def _find_earliest(self, cluster, leader, partition):
-        answer = cluster.call(leader, "ListOffsets", dict(
-            replica_id=-1, isolation_level=1, topics=[dict(
-                name=self.settings.incoming,
-                partitions=[dict(index=partition.index, time_ms=-2)])]))    # -2: the earliest
-        found = [part["offset"] for entry in answer["topics"] for part in entry["partitions"]]
-        if not found:
-            raise Malformed("an answer without the earliest offset")
-        return found[0]
-
-    def _keep(self, member, partition, offset, part):
-        """Keep what a Fetch from an offset on brought, or note why it brought nothing."""
-        topic, code, batches = self.settings.incoming, part["error"], []
-        if ERRORS.get(code, ("", TRY))[1] == START:
-            log.warning("%s, partition %d: offset %d is not there any more: from the earliest on",
-                        topic, partition.index, offset)
-        else:
-            check(code, "Fetch (%s, partition %d)" % (topic, partition.index))
-            try:
-                batches.extend(decode_batches(part["records"] or b"", part["aborted"], topic))
-            except Malformed as error:
-                partition.rests_until = time.monotonic() + 1
-                log.warning("partition %d: %s; trying again in 1 s", partition.index, error)
-        with member.changed:
-            if partition.position != offset:        # a new leader was faster than this one
-                return
-            if code:
-                partition.start_anew()
-            for after, records in batches:
-                partition.fill(after, records)
-            member.changed.notify_all()
 
     def _bury(self, receipt):
         """Write a record that is passed over to KAFKA_DEAD_LETTER_TOPIC, where there is one."""
@@ -1820,35 +1776,24 @@ class Kafka:
             log.error("%s: the dead letter is refused too (%s)", receipt.place, error)
 
     def _append(self, receipt, topic, key, value):
-        """Append a record with a producer that nobody uses. KafkaError: the topic refuses it."""
+        """Append a record. KafkaError: the topic refuses it."""
         try:
-            producer = self.producers.pop()
-        except IndexError:
-            producer = Producer(self.settings, self.stopping)
-        try:
-            producer.append(topic, key, value,
-                            lambda *tried: self._may_write(receipt, *tried))
-            self.producers.append(producer)
-        except KafkaError:
-            self.producers.append(producer)
-            raise
-        except BaseException:
-            producer.cluster.close()
+            with borrowed(self.producers, Producer, self.settings, self.stopping) as producer:
+                producer.append(topic, key, value, functools.partial(self._may_write, receipt))
+        except Interrupted:
             receipt.member.release()
             raise
 
     def _may_write(self, receipt, since, unsure):
-        """Return when the record of a receipt is ours to answer. Interrupted: it is given up."""
-        while True:
-            owned = receipt.member.owns(receipt.partition)
-            if owned is False or self.stopping.for_longer_than(
-                    UNSURE_SECONDS if unsure else STOP_SECONDS, since):
-                log.warning("%s is left to who comes next%s", receipt.place, ", and may be done "
-                            "twice: whether it was written is not known" if unsure else "")
-                raise Interrupted
-            if owned:
-                return
-            time.sleep(0.1)
+        """Return whether the record of a receipt is ours to answer; if it is not known at the
+        moment, None. Interrupted: it is given up."""
+        owned = receipt.member.owns(receipt.partition)
+        if owned is False or self.stopping.for_longer_than(
+                UNSURE_SECONDS if unsure else STOP_SECONDS, since):
+            log.warning("%s is left to who comes next%s", receipt.place, ", and may be done "
+                        "twice: whether it was written is not known" if unsure else "")
+            raise Interrupted
+        return owned
 
 
 # ---- The loop -----------------------------------------------------------------------------------
@@ -1862,66 +1807,43 @@ class Crew:
 
     def __init__(self, source, sidecar, stopping, size):
         self.source, self.sidecar, self.stopping, self.size = source, sidecar, stopping, size
-        self.work = queue.Queue()       # (update, receipt, the end of the one before, its own end)
-        self.threads = 0
-        self.changed = threading.Condition()        # guards what follows
-        self.in_hand = 0
-        self.last = {}                  # chat: the end, an Event, of its last update in hand
-        self.failure = None             # the first exception that ends the bot
+        self.threads = futures.ThreadPoolExecutor(size)
+        self.in_hand = []               # (chat, what becomes of the update), the oldest first
 
     def has_room(self, seconds):
         """Return whether one more update may be taken, within `seconds`."""
-        with self.changed:
-            return self.changed.wait_for(lambda: self.in_hand < self.size, seconds)
+        if len(self.in_hand) == self.size:
+            futures.wait([future for _, future in self.in_hand], seconds, futures.FIRST_COMPLETED)
+        self.in_hand = [(chat, future) for chat, future in self.in_hand if not future.done()]
+        return len(self.in_hand) < self.size
 
     def finish(self):
-        """Return when nothing is in hand any more. Raises what ends the bot."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.in_hand)
-            if self.failure:
-                raise self.failure
+        """Return when nothing is in hand any more."""
+        futures.wait([future for _, future in self.in_hand])
 
     def begin(self, update, receipt):
         """Let a thread handle an update; there is room."""
-        chat, end = chat_of(update), threading.Event()
-        end.given_up = False
-        with self.changed:
-            self.in_hand += 1
-            before = self.last.get(chat)
-            if chat is not None:
-                self.last[chat] = end
-        self.work.put((update, receipt, before, end))
-        if self.in_hand > self.threads:
-            self.threads += 1
-            threading.Thread(target=self._work, daemon=True).start()
+        chat = chat_of(update)
+        before = next((future for other, future in reversed(self.in_hand)
+                       if chat is not None and other == chat), None)
+        self.in_hand.append((chat, self.threads.submit(self._work, update, receipt, before)))
 
-    def _work(self):
-        while True:
-            update, receipt, before, end = self.work.get()
-            failure = None
-            try:
-                with self.sidecar.track():
-                    if before:
-                        before.wait()
-                    if before and before.given_up and self.stopping.requested:
-                        raise Interrupted       # so that it does not come before that one
-                    handle(self.source, update, receipt)
-            except Interrupted:
-                end.given_up = True
-            except Exception as error:
-                failure = error
-                self.stopping.request()
-            end.set()
-            with self.changed:
-                self.in_hand -= 1
-                self.failure = self.failure or failure
-                if self.last.get(chat_of(update)) is end:
-                    del self.last[chat_of(update)]
-                self.changed.notify_all()
+    def _work(self, update, receipt, before):
+        """Return whether an update is done; else it was given up, or has ended the bot."""
+        try:
+            with self.sidecar.track():
+                if before and not before.result() and self.stopping.requested:
+                    raise Interrupted       # so that it does not come before that one
+                handle(self.source, update, receipt)
+            return True
+        except Interrupted:
+            return False
+        except Exception as error:
+            self.stopping.fail(error)
+            return False
 
 
 def handle(source, update, receipt):
-    """Answer an update and acknowledge it."""
     try:
         call = reply_to(update)
     except Exception as error:      # it would be as broken the next time
@@ -1951,16 +1873,17 @@ def run(source, sidecar, stopping, concurrency):
                     crew.begin(*taken)          # else it comes again: nobody acknowledges it
     except EOFError:
         pass
-    except BaseException:
-        stopping.request()
-        raise
-    finally:
-        try:
-            crew.finish()
-        finally:
-            source.close()
-            sidecar.close()
-            log.info("stopped")
+    except Exception as error:
+        stopping.fail(error)
+    crew.finish()
+    try:
+        source.close()
+    except Exception as error:
+        stopping.fail(error)
+    sidecar.close()
+    log.info("stopped")
+    if stopping.failure:
+        raise stopping.failure
 
 
 def read_concurrency(environ):

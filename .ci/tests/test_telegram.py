@@ -157,6 +157,18 @@ class BotAPI(http.server.ThreadingHTTPServer):
             if self.last_poll[0] == offset and now < self.last_poll[1] + self.SLOW_DOWN_SECONDS:
                 timeout = max(timeout, self.SLOW_DOWN_SECONDS)   # the same question again and again
             self.last_poll = offset, now
+        self.confirm(offset)
+        with self.changed:
+            if not self.updates and timeout:
+                self.wait_for_updates(mine, offset, timeout)
+            handed = self.updates[:limit]
+        if handed:
+            self.reach("handing", [update["update_id"] for update in handed])
+        return handed
+
+    def confirm(self, offset):
+        """Forget the updates before an offset."""
+        with self.changed:
             if offset < 0:                      # counted from the end
                 offset += self.last_id + 1
             confirmed = [update["update_id"] for update in self.updates
@@ -164,23 +176,18 @@ class BotAPI(http.server.ThreadingHTTPServer):
             self.updates = self.updates[len(confirmed):]
         for update_id in confirmed:
             self.reach("confirmed", update_id)
-        with self.changed:
-            if not self.updates and timeout:
-                # The newest may wait, and ends the one that waits already.
-                self.waiting = max(mine, self.waiting)
-                self.reach("waiting", offset)
-                self.changed.wait_for(lambda: self.updates or self.waiting != mine or self.webhook,
-                                      timeout)
-                self.reach("waited", offset)
-                if self.webhook:
-                    raise Refused(409, "Conflict: terminated by setWebhook request")
-                if self.waiting != mine:
-                    raise Refused(409, "Conflict: terminated by other getUpdates request; "
-                                       "make sure that only one bot instance is running")
-            handed = self.updates[:limit]
-        if handed:
-            self.reach("handing", [update["update_id"] for update in handed])
-        return handed
+
+    def wait_for_updates(self, mine, offset, timeout):
+        """Let the poll of a number wait: the newest may, and ends the one that waits already."""
+        self.waiting = max(mine, self.waiting)
+        self.reach("waiting", offset)
+        self.changed.wait_for(lambda: self.updates or self.waiting != mine or self.webhook, timeout)
+        self.reach("waited", offset)
+        if self.webhook:
+            raise Refused(409, "Conflict: terminated by setWebhook request")
+        if self.waiting != mine:
+            raise Refused(409, "Conflict: terminated by other getUpdates request; "
+                               "make sure that only one bot instance is running")
 
     def sendmessage(self, params):
         text, chat = params.get("text", ""), params.get("chat_id", "")
@@ -256,21 +263,8 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
             failure = failures.popleft() if failures else None
             if api.drop_every and not failure and number % api.drop_every == 0:
                 failure = "drop before" if number // api.drop_every % 2 else "drop after"
-        if failure == "drop before":
-            return self.drop()
-        if isinstance(failure, tuple) and failure[0] == "says":
-            raise Refused(*failure[1:])
-        if isinstance(failure, tuple) and failure[0] == "json":
-            return self.answer(200, json.dumps(failure[1]))
-        if isinstance(failure, tuple) and failure[0] == "page":
-            return self.answer(failure[1], "<html><h1>a proxy's page</h1></html>")
-        if isinstance(failure, tuple):
-            raise Refused(429, "Too Many Requests: retry after %d" % failure[1],
-                          {"retry_after": failure[1]})
-        if failure in self.REFUSALS:
-            raise Refused(failure, self.REFUSALS[failure])
-        if isinstance(failure, int):
-            return self.answer(failure, "<html><h1>%d Bad Gateway</h1></html>" % failure)
+        if failure and failure != "drop after":
+            return self.act_out(failure)
         if method not in ("getupdates", "sendmessage", "answercallbackquery", "getme"):
             raise Refused(404, "Not Found: method not found")
         result = getattr(api, method)(params)
@@ -278,13 +272,32 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
         if replies:
             api.replies.append((method, params))
             api.reach("replying", params.get("text"))
-        if failure == "drop after":
+        if failure:
             return self.drop()
         self.answer(200, {"ok": True, "result": result})
         if replies:
             api.reach("replied", params.get("text"))
         elif result and method == "getupdates":
             api.reach("handed", [update["update_id"] for update in result])
+
+    def act_out(self, failure):
+        """Fail in a way that BotAPI.fail() tells, before anything is done."""
+        kind, *more = failure if isinstance(failure, tuple) else (failure,)
+        if kind == "drop before":
+            self.drop()
+        elif kind == "says":
+            raise Refused(*more)
+        elif kind == "json":
+            self.answer(200, json.dumps(more[0]))
+        elif kind == "page":
+            self.answer(more[0], "<html><h1>a proxy's page</h1></html>")
+        elif kind == "retry_after":
+            raise Refused(429, "Too Many Requests: retry after %d" % more[0],
+                          {"retry_after": more[0]})
+        elif kind in self.REFUSALS:
+            raise Refused(kind, self.REFUSALS[kind])
+        else:
+            self.answer(kind, "<html><h1>%d Bad Gateway</h1></html>" % kind)
 
     def drop(self):
         self.close_connection = True
@@ -303,6 +316,9 @@ class BotAPIHandler(http.server.BaseHTTPRequestHandler):
 
 
 class TestTelegram(Case):
+    # What the bot runs before, where each of its calls has to reach the sidecar, however slow.
+    PATIENT = "echo_bot.Sidecar.CALL_SECONDS = 30; "
+
     def setUp(self):
         self.api = self.bot_api()
         taken = socket.socket()            # bound, so that nobody else gets the port; not listening
@@ -327,10 +343,9 @@ class TestTelegram(Case):
         settings.update(env)
         command = [os.path.join(HERE, "echo_bot.py")]
         if constants or code:
-            code += ("import os, sys; sys.path.insert(0, %r); import echo_bot; [setattr("
-                     "echo_bot.Telegram, *item) for item in %r.items()]; "
-                     "os._exit(echo_bot.main(os.environ))" % (HERE, constants or {}))
-            command = ["-c", code]
+            command = ["-c", "import os, sys; sys.path.insert(0, %r); import echo_bot; [setattr("
+                             "echo_bot.Telegram, *item) for item in %r.items()]; %s"
+                             "os._exit(echo_bot.main(os.environ))" % (HERE, constants or {}, code)]
         return self.program(sys.executable, *command, env=settings)
 
     def end(self, bot):
@@ -526,7 +541,7 @@ class TestTelegram(Case):
                 self.api.fail(method, *[("retry_after", 1000 * PATIENCE)] * failures)
                 self.api.say("hello")
                 bot = self.bot()
-                bot.wait_for(method + " failed")
+                bot.wait_for(method + ": .*trying again")
                 self.end(bot)
                 self.assertEqual(self.api.texts(), [])
                 again = self.bot()
@@ -587,7 +602,7 @@ class TestTelegram(Case):
         bot = self.bot(constants={"MAX_DELAY_SECONDS": 0.1})
         self.api.wait_for("waiting")
         self.poll_as_another(1)
-        bot.wait_for("getUpdates failed.*409")
+        bot.wait_for("getUpdates: 409 .*trying again")
         self.api.say("hello")
         self.api.wait_until_confirmed()
         self.assertEqual(self.api.texts(), ["Echo: hello"])
@@ -604,7 +619,7 @@ class TestTelegram(Case):
         gates = [self.api.hold("replying") for _ in range(4)]
         for number in range(5):
             self.api.say("%d" % number, chat=number + 1)
-        bot = self.bot(SIDECAR_URL=sidecar.url, CONCURRENCY=3)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url, CONCURRENCY=3)
         until(lambda: sidecar.active() == 3)
         until(lambda: len(self.api.texts()) == 3)
         gates[1].set()
@@ -666,7 +681,7 @@ class TestTelegram(Case):
         self.api.fail("sendMessage", ("retry_after", 10 * PATIENCE))
         self.api.say("too fast", chat=1)
         bot = self.bot()
-        bot.wait_for("sendMessage failed")
+        bot.wait_for("sendMessage: .*trying again")
         for number in range(30):
             self.api.say("%d" % number, chat=number + 2)
         until(lambda: len(self.api.texts()) == 30)
@@ -733,7 +748,7 @@ class TestTelegram(Case):
                 bot = self.bot(constants={"MAX_DELAY_SECONDS": 0.1})
                 self.api.wait_until_confirmed()
                 self.assertEqual(self.api.texts(), ["Echo: hello"])
-                self.assertEqual(bot.log.count("next try"), len(pages))
+                self.assertEqual(bot.log.count("trying again"), len(pages))
                 self.end(bot)
 
     def test_a_lasting_error_for_one_message_blocks_nobody_for_ever(self):
@@ -779,7 +794,7 @@ class TestTelegram(Case):
             self.api.wait_until_confirmed()
             # One time-out for the poll's connection and one for the reply's.
             self.assertGreater(time.monotonic() - started, 2)
-            self.assertNotIn("failed", bot.log)
+            self.assertNotIn("trying again", bot.log)
             self.end(bot)
 
     @needs("openssl", shutil.which("openssl"))
@@ -868,7 +883,7 @@ class TestTelegram(Case):
         sidecar = self.sidecar()
         gate = self.api.hold("replying")
         confirm = self.api.hold("polling", lambda offset: offset > 1)
-        bot = self.bot(SIDECAR_URL=sidecar.url)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url)
         self.api.say("hello")
         self.api.wait_for("replying")
         self.assertEqual(sidecar.get("/metrics")[1]["active_requests"], 1)
@@ -884,13 +899,13 @@ class TestTelegram(Case):
     def test_a_bot_that_was_killed_leaves_no_count_once_it_is_back(self):
         sidecar = self.sidecar()
         gate = self.api.hold("replying")
-        bot = self.bot(SIDECAR_URL=sidecar.url)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url)
         self.api.say("hello")
         self.api.wait_for("replying")
         bot.kill()
         gate.set()
         self.assertEqual(sidecar.active(), 1)
-        again = self.bot(SIDECAR_URL=sidecar.url)
+        again = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url)
         self.api.wait_until_confirmed()
         until(lambda: sidecar.active() == 0)
         self.end(again)
@@ -901,7 +916,7 @@ class TestTelegram(Case):
         gate = self.api.hold("replying")
         self.api.say("before")
         self.api.say("after")
-        bot = self.bot(SIDECAR_URL=sidecar.url, CONCURRENCY=1)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url, CONCURRENCY=1)
         self.api.wait_for("replying")
         drain = threading.Thread(target=sidecar.get, args=("/drain",))
         drain.start()
@@ -935,7 +950,7 @@ class TestTelegram(Case):
         sidecar = ScriptedSidecar()
         self.addCleanup(sidecar.close)
         gate = self.api.hold("replying")
-        bot = self.bot(SIDECAR_URL=sidecar.url)
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url)
         self.api.say("hello")
         self.api.wait_for("replying")
         sidecar.away = True
@@ -972,7 +987,8 @@ class TestTelegram(Case):
         sidecar = ScriptedSidecar()
         self.addCleanup(sidecar.close)
         sidecar.away = True
-        bot = self.bot(SIDECAR_URL=sidecar.url, CONCURRENCY=1)      # one call after another
+        # One call after another, and no time-outs.
+        bot = self.bot(code=self.PATIENT, SIDECAR_URL=sidecar.url, CONCURRENCY=1)
 
         def said():         # after one more update
             self.api.say("hello")
