@@ -2996,9 +2996,12 @@ def tell(number, frame):
         sys.exit(3)
 for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
     signal.signal(number, tell)
+woken, wakes = os.pipe()                    # A signal just before signal.pause would not end it.
+os.set_blocking(wakes, False)
+signal.set_wakeup_fd(wakes)
 say("worker is up %s" % os.environ.get("SIDECAR_URL"))
 while True:
-    signal.pause()
+    os.read(woken, 1)
 """
 
 

@@ -1,16 +1,16 @@
 -- The load, for wrk: each connection says what a worker says, POST /start-request, then
 -- POST /end-request, and so on.
 --
--- wrk does not tell a script which connection a request is for, so where bench.py wants to know how
--- long a pair takes it gives each connection a thread: a thread has a Lua state of its own. The time
--- from one start to the next is then the time that a pair takes, with both answers read, and with
--- the connects where each call has a connection of its own.
+-- wrk does not tell a script which connection a request is for, so where bench.py wants to know
+-- how long a pair takes it gives each connection a thread: a thread has a Lua state of its own. The
+-- time from one start to the next is then the time that a pair takes, with both answers read, and
+-- with the connects where each call has a connection of its own.
 --
 -- Where a call says ID, each pair has an id of its own. An end is for the pair that began LAG pairs
 -- before: with 0 on one connection, else with so many that its start has surely been answered.
 --
--- Arguments: LAG; then what to ask for in turn, as "POST /start-request"; before those "close", for a
--- new connection each time. The last line of the output is JSON.
+-- Arguments: LAG; then what to ask for in turn, as "POST /start-request"; before those "close", for
+-- a new connection each time. The last line of the output is JSON.
 local ffi = require("ffi")
 ffi.cdef("typedef struct { long seconds, nanoseconds; } Time;" ..
          "int clock_gettime(int clock, Time *time);")

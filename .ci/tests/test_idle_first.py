@@ -404,7 +404,7 @@ class TestFailures(IdleFirstCase):
 
     def test_the_pause_that_the_server_asks_for(self):
         self.server.answers = [self.BUSY]
-        self.in_pod(constants={"COST_SECONDS": 0.01})
+        self.in_pod(constants={"COST_SECONDS": 0.4})        # the time-out of a call as well
         self.server.wait_for(2)
         self.assertGreaterEqual(self.server.gaps()[0], 1)
 
