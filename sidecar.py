@@ -988,8 +988,7 @@ FULLNESS = ("", "many connections: each is closed after its answer",
 Caller = namedtuple("Caller", "address trusted local")
 # parameters: of the query. head: what its header lines say.
 Request = namedtuple("Request", "method path query parameters head caller")
-# fields: {name: value}. dns_name: the Host, where that is a name with a dot. has_body: it may have
-# one.
+# fields: {name: value}. dns_name: the Host, if it is a name with a dot. has_body: one may follow.
 Head = namedtuple("Head", "fields keep_alive dns_name has_body")
 Answer = namedtuple("Answer", "status content_type body headers")   # headers: (name, value) pairs
 # An answer that has to wait: answer(must) returns it, or None; must: it is given now. trickles: its
@@ -1605,14 +1604,15 @@ class Api:
         if not request.caller.trusted:
             return "%s may not change the count: expected loopback, or an address in " \
                 "TRUSTED_CLIENTS" % request.caller.address
-        origin = request.head.fields.get("origin")                  # only browsers send it
+        fields, dns_name = request.head.fields, request.head.dns_name
+        origin = fields.get("origin")                           # only browsers send it
         host = origin and re.sub(r"^https?://|:[0-9]*$", "", origin).strip("[]")
         if origin is not None and host != "localhost" and not self.trusts(host) \
-                or request.head.fields.get("sec-fetch-site") == "cross-site":
+                or fields.get("sec-fetch-site") == "cross-site":
             return "a page of another site may not change the count"
-        if request.head.dns_name not in (None, self.own_name) and request.caller.local:
+        if dns_name not in (None, self.own_name) and request.caller.local:
             return "a page of another site may have pointed %s here: expected a Host that is an " \
-                "address or has no dot" % request.head.dns_name
+                "address or has no dot" % dns_name
         return None
 
     def front(self, request):

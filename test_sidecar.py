@@ -1993,8 +1993,7 @@ class TestPrometheus(Case):
 
 def readme_table(heading):
     """Return the rows of the first table below a heading of README, each a list of its cells."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        below = file.read().partition("\n%s\n" % heading)[2]
+    below = text_of("README.md").partition("\n%s\n" % heading)[2]
     table = re.search(r"^(?:\|.*\n)+", below, re.MULTILINE).group()
     rows = table.splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -2066,8 +2065,8 @@ class TestTables(Case):
         first, others = re.search(r"python sidecar.py (\w+) +ask a running sidecar.*?also:(.*?)\.",
                                   self.DOCSTRING, re.DOTALL).groups()
         self.assertEqual([first] + others.replace(",", " ").split(), commands)
-        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            told = re.search(r"`python sidecar.py (\w+)` \(or (.*?)\)", file.read(), re.DOTALL)
+        told = re.search(r"`python sidecar.py (\w+)` \(or (.*?)\)", text_of("README.md"),
+                         re.DOTALL)
         self.assertEqual([told.group(1)] + re.findall(r"`(\w+)`", told.group(2)), commands)
 
     def test_figures(self):
@@ -2591,10 +2590,16 @@ class TestConsole(Case):
             self.assertIsNone(reply_to(update))
 
 
+def text_of(*path):
+    """Return the text of a file of the project."""
+    with open(os.path.join(HERE, *path), encoding="utf-8") as file:
+        return file.read()
+
+
 def readme_blocks(language):
     """Return the README's code blocks of a language, in their order."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return re.findall(r"^```%s\n(.*?)^```$" % language, file.read(), re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```%s\n(.*?)^```$" % language, text_of("README.md"),
+                      re.DOTALL | re.MULTILINE)
 
 
 class ScriptedSidecar(http.server.ThreadingHTTPServer):

@@ -35,6 +35,7 @@ function init(arguments)
         if argument == "close" then
             headers["Connection"] = "close"
         else
+            ids = ids or argument:find("ID", 1, true)
             local method, path = argument:match("(%S+) (%S+)")
             table.insert(texts, wrk.format(method, path, headers, method == "POST" and "" or nil))
         end
@@ -64,7 +65,7 @@ function request()
     if pair > lag then
         turn = (turn + 1) % #texts
     end
-    return (text:gsub("ID", id))
+    return ids and text:gsub("ID", id) or text
 end
 
 function done(summary, latency, ignored)

@@ -16,7 +16,8 @@ From test_sidecar.py, which must also run alone:
     until, in_threads  wait for a condition; run a function in threads
     FakeTime           a clock that the test moves
     ScriptedSidecar, Clients, WORKER       a stand-in, what each README client must do, a worker
-    child_of, readme_blocks, samples       a child's pid, README's code, a scrape as a dict
+    child_of, samples  a child's pid, a scrape as a dict
+    text_of, readme_blocks     the text of a file of the project, README's code
 Here:
     needs              decorates a test or class that needs a peer
     NAMESPACES         whether a test may make namespaces
@@ -38,7 +39,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 from test_sidecar import (ENDPOINTS, HERE, OPENMETRICS, PATIENCE, WORKER, Case, Clients, FakeTime,
                           Program, ScriptedSidecar, SidecarProcess, child_of, in_threads,
-                          readme_blocks, samples, until)
+                          readme_blocks, samples, text_of, until)
 
 CACHE = os.path.join(HERE, ".ci", "cache")      # Git ignores it.
 # With "none" what needs a peer is skipped; with "all" it fails instead of being skipped.

@@ -7,22 +7,9 @@ import tempfile
 import unittest
 
 from support import CACHE, HERE, PATIENCE, Case, needs, readme_blocks, run, until, version_of
-from test_image import BASE, PODMAN
+from test_image import BASE, PODMAN, WORKER
 
 COMPOSE = os.path.join(CACHE, "docker-compose")
-# It knows nothing of a drain: no handler for SIGTERM, and each start may wait without end.
-WORKER = """
-import itertools, os, time
-from sidecar import Sidecar
-
-sidecar = Sidecar()
-sidecar.reset()
-for number in itertools.count():
-    with sidecar.track():
-        print("took", number, flush=True)
-        time.sleep(float(os.environ["SECONDS"]))
-        print("did", number, flush=True)
-"""
 DOCKERFILE = """
 FROM %s
 COPY sh /bin/sh

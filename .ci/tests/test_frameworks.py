@@ -18,7 +18,8 @@ import threading
 import time
 import unittest
 
-from support import CACHE, HERE, PATIENCE, Case, child_of, needs, readme_blocks, until, version_of
+from support import (CACHE, HERE, PATIENCE, Case, child_of, needs, readme_blocks, text_of, until,
+                     version_of)
 from test_client import COUNTED, SILENCE, ScriptedServer, answer
 from test_clients import patient
 from test_kafka import KafkaCase, KafkaNode, needs_kafka
@@ -124,10 +125,8 @@ def needs_redis(thing):
 
 def recipe(title):
     """Return the code of README's recipe whose paragraph begins with the title."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        text = file.read()
-    found = re.search(r"^\*\*%s\*\*.*?^```\w+\n(.*?)^```$" % re.escape(title), text,
-                      re.DOTALL | re.MULTILINE)
+    found = re.search(r"^\*\*%s\*\*.*?^```\w+\n(.*?)^```$" % re.escape(title),
+                      text_of("README.md"), re.DOTALL | re.MULTILINE)
     if not found:
         raise AssertionError("README has no recipe %r" % title)
     return found.group(1)

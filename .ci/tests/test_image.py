@@ -8,21 +8,24 @@ import sys
 import tempfile
 import unittest
 
-from support import HERE, PATIENCE, Case, needs, readme_blocks, run, until
+from support import HERE, PATIENCE, Case, needs, readme_blocks, run, text_of, until
 
 BASE = "gcr.io/distroless/python3-debian12:nonroot"
 PODMAN = shutil.which("podman") and not subprocess.call(["podman", "image", "exists", BASE])
 
-# A program that stands where README's Dockerfiles expect the worker, and knows nothing of a drain.
+# A worker for a container, whose sidecar.py is in /app. It knows nothing of a drain: no handler for
+# SIGTERM, and each start may wait without end.
 WORKER = """#!/usr/bin/python3
-import itertools, sys, time
+import itertools, os, sys, time
 sys.path.insert(0, "/app")
 from sidecar import Sidecar
 
+sidecar = Sidecar()
+sidecar.reset()
 for number in itertools.count():
-    with Sidecar().track():
+    with sidecar.track():
         print("took", number, flush=True)
-        time.sleep(1)
+        time.sleep(float(os.environ.get("SECONDS", 1)))
         print("did", number, flush=True)
 """
 
@@ -201,8 +204,7 @@ class TestImage(Case):
 
     def test_readmes_docker_lines(self):
         """Each of them, in their order, with podman for docker and names of the test's own."""
-        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            lines = re.findall(r"^docker ((?:run|exec|stop) .*)$", file.read(), re.MULTILINE)
+        lines = re.findall(r"^docker ((?:run|exec|stop) .*)$", text_of("README.md"), re.MULTILINE)
         self.assertEqual([line.split()[0] for line in lines], ["run", "run", "exec", "stop", "run"])
         name = "test-%d-readme" % os.getpid()
         self.addCleanup(run, "podman", "rm", "--force", "--ignore", "--time", 0, name)

@@ -12,7 +12,7 @@ import unittest
 import xml.etree.ElementTree
 from urllib.parse import unquote
 
-from support import HERE, PATIENCE, Case, SidecarProcess, needs, readme_blocks, run
+from support import HERE, PATIENCE, Case, SidecarProcess, needs, readme_blocks, run, text_of
 from test_browser import CHROMIUM
 
 sys.path.insert(0, os.path.join(HERE, ".ci"))
@@ -20,11 +20,6 @@ sys.path.insert(0, os.path.join(HERE, ".ci"))
 import bench
 
 CURL = shutil.which("curl")
-
-
-def text_of(*path):
-    with open(os.path.join(HERE, *path), encoding="utf-8") as file:
-        return file.read()
 
 
 # Runs a program on a terminal of its own, which standard input is typed into.
