@@ -1789,14 +1789,16 @@ def listen(variable, host, port, api, routes):
 SHUT_DOWN = {signal.SIGTERM, signal.SIGINT}
 
 
-def serve(command: list = ()) -> None:
-    """Serve, drain at a signal, exit. With a command: as the worker, and as it does. Never returns.
+def serve(command: list = ()) -> int:
+    """Serve, drain at a signal, exit. With a command: as the worker, and as it does.
+
+    It returns once it serves, so that the script can end; the process goes on.
     """
     try:
         settings = Settings(os.environ)
     except ValueError as error:
         fail(error)
-    # Signals wait until all is set up, so that none is lost as PID 1; no thread gets any.
+    # Signals are asked for, by one thread when all is set up, so that none is lost, as PID 1 too.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON if command else SHUT_DOWN)
     processes = PodProcesses()
     tracker = RequestTracker(settings.grace_period_seconds, settings.quiet_period_seconds,
@@ -1807,7 +1809,7 @@ def serve(command: list = ()) -> None:
     servers = [
         listen("SIDECAR_PORT", settings.host, settings.port, api, api.routes),
         listen("METRICS_PORT", settings.host, settings.metrics_port, api, api.metrics_routes)]
-    drainer = Drainer(tracker) if command else None
+    drainer = Drainer(tracker)
     cpus = start_threads(settings, tracker, servers, drainer)
     worker = start_worker(command, servers[0].url, mask, cpus) if command else None
     log.info("listening", {"api": servers[0].url, "metrics": servers[1].url,
@@ -1817,8 +1819,10 @@ def serve(command: list = ()) -> None:
         log.warning("starts are not held while draining",
                     {"missing": "shareProcessNamespace: true in the pod's spec"})
     if worker:
-        leave(accompany(worker, drainer), servers)
-    drain_at_signal(tracker, processes, servers)
+        outlive_the_script(lambda: leave(accompany(worker, drainer), servers))
+    else:
+        outlive_the_script(lambda: drain_at_signal(drainer, processes, servers))
+    return 0
 
 
 def start_threads(settings, tracker, servers, drainer):
@@ -1830,8 +1834,8 @@ def start_threads(settings, tracker, servers, drainer):
         log.addHandler(LogHandler(settings.log_format == "json"))
         log.setLevel(settings.log_level)
         threading.Thread(target=tracker.keep_time, daemon=True).start()
-        if drainer:
-            drainer.start()
+        threading.Thread(target=give_memory_back, daemon=True).start()
+        drainer.start()
         if settings.pod_deletion_cost:
             threading.Thread(target=keep_deletion_cost, args=(tracker,), daemon=True).start()
         for server in servers:              # None: it does not poll
@@ -1841,34 +1845,62 @@ def start_threads(settings, tracker, servers, drainer):
     return cpus
 
 
-def drain_at_signal(tracker, processes, servers):
-    """Wait for SIGTERM or SIGINT, drain, and exit. Never returns.
+def outlive_the_script(function) -> None:
+    """Call a function that never returns, on a thread, so that this script can end.
 
-    The handler waits in this thread. A second signal runs it again, within itself, and so ends the
-    wait.
+    Until then Python keeps what its compiler made of the source: a sixth of all memory at rest.
     """
-    first = []                              # (signal, when) of the first
-
-    def shut_down(number, frame):
-        if first and is_repeated(number, *first[0]):
+    # 3.12.0 and 3.12.1 start no thread once the script has ended (python/cpython#113964).
+    if not (3, 12) <= sys.version_info < (3, 12, 2):
+        try:
+            threading.Thread(target=function).start()
             return
-        log.info("second signal" if first else "signal", {"signal": signal.Signals(number).name})
+        except RuntimeError:                # a limit of processes
+            pass
+    function()
+
+
+def give_memory_back():
+    """Give the system the memory that is free once the script has ended, where glibc keeps it."""
+    time.sleep(1.0)         # by then; to join the main thread may break its end before Python 3.13
+    try:
+        import ctypes       # here, because it would delay every start
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError, TypeError):       # another C library
+        pass
+
+
+class Drainer(threading.Thread):
+    """Drains once it is asked to, while another thread goes on to take signals."""
+
+    def __init__(self, tracker):
+        super().__init__(daemon=True)
+        self.tracker, self.asked = tracker, threading.Event()
+        self.outcome = self.then = None     # then: what is called when there is an outcome
+
+    def run(self):
+        self.asked.wait()
+        self.outcome = self.tracker.wait(self.tracker.begin_drain(terminating=True))
+        self.then()
+
+
+def drain_at_signal(drainer, processes, servers):
+    """Drain at the first SIGTERM or SIGINT, then exit; exit at the second one. Never returns."""
+    def leave_drained():
+        stay_for_the_worker(drainer.tracker, processes)
+        leave(0 if drainer.outcome == COMPLETED else 1, servers)
+
+    drainer.then = leave_drained
+    first = None                            # (signal, when)
+    while True:
+        number = signal.Signals(signal.sigwait(SHUT_DOWN))
+        if first and is_repeated(number, *first):
+            continue
+        log.info("second signal" if first else "signal", {"signal": number.name})
         if first:
             leave(1)
-        first.append((number, time.monotonic()))
-        outcome = tracker.wait(tracker.begin_drain(terminating=True))
-        stay_for_the_worker(tracker, processes)
-        signal.pthread_sigmask(signal.SIG_BLOCK, SHUT_DOWN)
-        leave(0 if outcome == COMPLETED else 1, servers)
-
-    for number in SHUT_DOWN:
-        signal.signal(number, shut_down)
-    woken, wakes = os.pipe()                # a signal that comes just before the read still ends it
-    os.set_blocking(wakes, False)
-    signal.set_wakeup_fd(wakes)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHUT_DOWN)
-    while True:
-        os.read(woken, 1)
+        first = number, time.monotonic()
+        drainer.asked.set()
 
 
 def is_repeated(number, first, when):
@@ -1908,8 +1940,12 @@ def stay_on_one_cpu():
         return None
 
 
+leaving = threading.Lock()      # never given back: whoever leaves first says with which status
+
+
 def leave(status, servers=()):
     """Exit, when the answers that are under way have been sent and the log is written."""
+    leaving.acquire()
     for server in servers:
         server.finish()
     log.info("exit", {"status": status})
@@ -2007,21 +2043,6 @@ PASSED_ON = set(signal.Signals) - {
 SI_KERNEL = 0x80                # sigaction(2), si_code: the terminal sent it, to the worker as well
 
 
-class Drainer(threading.Thread):
-    """Drains once it is asked to, while the main thread goes on to pass signals on."""
-
-    def __init__(self, tracker):
-        super().__init__(daemon=True)
-        self.tracker = tracker
-        self.asked, self.done = threading.Event(), threading.Event()
-
-    def run(self):
-        self.asked.wait()
-        self.tracker.wait(self.tracker.begin_drain(terminating=True))
-        self.done.set()
-        os.kill(os.getpid(), signal.SIGCHLD)        # wakes `accompany`
-
-
 def start_worker(command, url, mask, cpus):
     """Start the worker with what this process was given: descriptors, environment, signal mask and
     dispositions, CPUs. Add SIDECAR_URL. Return it as a subprocess.Popen.
@@ -2053,6 +2074,7 @@ def accompany(worker, drainer):
 
     The first SIGTERM or SIGINT is passed on when the drain is over, the second one at once.
     """
+    drainer.then = lambda: os.kill(os.getpid(), signal.SIGCHLD)     # wakes next_signal
     first = passed_on = None                # first: (signal, when)
     while True:
         number, worker_has_it = next_signal(os.isatty(0))
@@ -2062,7 +2084,7 @@ def accompany(worker, drainer):
                 log.info("worker ended", {"status": status})
                 drainer.tracker.reset(prefix="")
                 return status
-            if not drainer.done.is_set() or passed_on:
+            if not drainer.outcome or passed_on:
                 continue
             number = first[0]
         elif worker_has_it:
@@ -2166,9 +2188,9 @@ def main(arguments: list) -> int:
     while os.open(os.devnull, os.O_RDWR) < 3:       # no socket gets the number of a closed stderr
         pass
     if not arguments:
-        serve()                                     # never returns
+        return serve()
     if arguments[:2] == ["run", "--"] and arguments[2:]:
-        serve(arguments[2:])                        # never returns
+        return serve(arguments[2:])
     if len(arguments) == 1 and arguments[0] in COMMANDS:
         return ask(arguments[0])
     if arguments in (["--help"], ["-h"]):

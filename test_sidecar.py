@@ -17,6 +17,7 @@ import http.server
 import json
 import logging
 import os
+import platform
 import pty
 import re
 import select
@@ -1037,6 +1038,17 @@ class TestDrain(Case):
         sidecar.signal(signal.SIGINT)
         self.assertEqual(sidecar.wait(), 1)
         sidecar.wait_for("second signal signal=SIGINT")
+
+    def test_a_signal_after_the_drain_changes_nothing(self):
+        sidecar = self.sidecar()
+        page = b"GET / HTTP/1.1\r\nHost: a\r\nAccept: text/html\r\n\r\n"
+        with sidecar.raw(page * 2000):              # Nobody reads the answers: its end waits.
+            sidecar.signal(signal.SIGTERM)
+            sidecar.wait_for("drain completed")
+            while sidecar.process.poll() is None:
+                sidecar.signal(signal.SIGINT)
+        self.assertEqual(sidecar.wait(), 0)
+        self.assertEqual(sidecar.log.count("exit status"), 1)
 
     def test_the_quiet_period_begins_anew_with_each_request(self):
         sidecar = self.sidecar(QUIET_PERIOD_SECONDS=1)
@@ -3009,6 +3021,10 @@ while True:
     os.read(woken, 1)
 """
 
+KEEPS_SYNTAX_TREE = (
+    sys.implementation.name == "cpython" and platform.libc_ver()[0] == "glibc"
+    and sys.version_info >= (3, 9) and not (3, 12) <= sys.version_info < (3, 12, 2))
+
 
 def child_of(pid):
     """Return the first child of a process, as soon as there is one."""
@@ -3314,6 +3330,15 @@ class TestRun(Case):
                 time.sleep(1.5)             # Nothing to wait for: it is nothing that should happen.
                 return before == switches()
             until(unchanged, "an idle while")
+
+    @unittest.skipUnless(KEEPS_SYNTAX_TREE, "this Python keeps nothing, or has to")
+    def test_memory_that_only_the_start_needed_is_given_back(self):
+        """Python keeps the syntax tree of a script until that ends: MiBs for one of this size."""
+        for sidecar in (self.sidecar(), self.worker()):
+            def kib(field):
+                with open("/proc/%d/status" % sidecar.process.pid) as file:
+                    return int(re.search(field + r":\s+([0-9]+) kB", file.read()).group(1))
+            until(lambda: kib("VmRSS") < kib("VmHWM") - 2048, "less memory than at the start")
 
 
 class TestCallers(Case):
