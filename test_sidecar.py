@@ -1653,16 +1653,13 @@ class TestNeverFooled(Case):
         sidecar.wait_for("call refused client=127.0.0.1 path=/start-request reason=.* rebound")
 
     def test_the_name_that_it_listens_on_is_no_others(self):
-        parse = sidecar_module.parse_request
         caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
-        for name, expected in (("worker.example", 200), ("other.example", 403)):
-            api = sidecar_module.Api(sidecar_module.RequestTracker(), [], own_name="worker.example")
-            request = parse(b"POST /reset HTTP/1.1\nHost: %s\n\n" % name.encode(), caller)
-            try:
-                status = api.routes["POST", "/reset"](request).status
-            except sidecar_module.HTTPError as error:
-                status = error.answer.status
-            self.assertEqual(status, expected, name)
+        api = sidecar_module.Api(sidecar_module.RequestTracker(), [], own_name="worker.example")
+        with sidecar_module.Server("127.0.0.1", 0, api, api.routes) as server:
+            for name, expected in (("worker.example", 200), ("other.example", 403)):
+                head = b"POST /reset HTTP/1.1\nHost: %s\n\n" % name.encode()
+                answer = server.answer(*server.parse(head, caller))
+                self.assertEqual(answer.status, expected, name)
 
     def test_ids_that_are_no_utf_8_are_refused(self):
         sidecar = self.sidecar()
@@ -1740,30 +1737,31 @@ class TestNeverFooled(Case):
                 answer = b"".join(iter(lambda: connection.recv(65536), b""))
             self.assertEqual(answer.count(b"HTTP/1.1 200 OK"), data.count(b"POST") + 1)
         self.assertEqual([found["request_id"] for found in sidecar.get("/requests")[1]], ["a", "b"])
-        caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
-        self.assertIs(sidecar_module.parse_request(b"GET / HTTP/1.0\r\n\r\n", caller),
-                      sidecar_module.parse_request(b"GET / HTTP/1.0\r\n\r\n", caller))
 
     def test_what_is_remembered_of_heads_is_bounded(self):
         """Read heads of which no two are equal, and then the first of them again."""
         few, many = 5, 3 * sidecar_module.MAX_SEEN
         sizes = [(few, b"x" * sidecar_module.MAX_SEEN_BYTES, 0), (few, b"", few),
                  (many, b"", sidecar_module.MAX_SEEN)]
-        parsers = sidecar_module.parse_request, sidecar_module.parse_head
+        caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
         api = sidecar_module.Api(sidecar_module.RequestTracker(), [])
-        server = types.SimpleNamespace(connections=({}, {}), answer=lambda request: request)
         for count, more, remembered in sizes:
-            for parser in parsers:
-                parser.cache_clear()
-            ours, theirs = socket.socketpair()
-            with ours, theirs:
-                connection = sidecar_module.Connection(server, ours, api.caller_of("::1", "::1"))
+            with sidecar_module.Server("127.0.0.1", 0, api, api.routes) as server:
                 for number in [*range(count), 0]:
-                    theirs.sendall(b"GET / HTTP/1.1\nHost: a\nA: %d%s\n\n" % (number, more))
-                    value = connection.read_request().head.fields["a"]
-                    self.assertEqual(value, "%d%s" % (number, more.decode()))
-            for parser in parsers:
-                self.assertEqual(parser.cache_info().currsize, remembered)
+                    head = b"GET /?%d HTTP/1.1\nHost: a\nA: %d%s\n\n" % (number, number, more)
+                    request, query = server.parse(head, caller)
+                    self.assertEqual(query, str(number))
+                    self.assertEqual(request.head.fields["a"], "%d%s" % (number, more.decode()))
+                self.assertEqual(server.parse_once.cache_info().currsize, remembered)
+
+    def test_heads_that_differ_in_their_queries_are_parsed_once(self):
+        caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
+        api = sidecar_module.Api(sidecar_module.RequestTracker(), [])
+        with sidecar_module.Server("127.0.0.1", 0, api, api.routes) as server:
+            seen = [server.parse(b"GET /%s HTTP/1.0\r\nA: ?b c\r\n\r\n" % query, caller)
+                    for query in (b"", b"?", b"?a=b", b"?a=?&%20=" + "é".encode())]
+        self.assertEqual([query for _, query in seen], ["", "", "a=b", "a=?&%20=é"])
+        self.assertEqual(len({id(request) for request, _ in seen[1:]}), 1)
 
     def test_the_time_of_a_request_is_not_that_of_its_answer(self):
         """A request that took its time to arrive, and a client that is slow to read."""

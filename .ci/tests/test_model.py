@@ -248,6 +248,8 @@ class TestModel(unittest.TestCase):
         self.addCleanup(sidecar_module.log.removeHandler, silent)
         real = sidecar_module.time
         self.addCleanup(setattr, sidecar_module, "time", real)
+        self.server = sidecar_module.Server("127.0.0.1", 0, None, {})
+        self.addCleanup(self.server.server_close)
 
     def test_random_sequences(self):
         reached = set()
@@ -267,7 +269,9 @@ class TestModel(unittest.TestCase):
         grace, quiet = pick((0.0, 5.0, 30.0)), pick((0.0, 0.0, 2.0))
         timeout = pick((0.0, 0.0, 4.0, 40.0))
         self.tracker = sidecar_module.RequestTracker(grace, quiet, timeout)
-        self.routes = sidecar_module.Api(self.tracker, sidecar_module.parse_networks("")).routes
+        self.server.api = sidecar_module.Api(self.tracker, sidecar_module.parse_networks(""))
+        self.server.routes = self.server.api.routes
+        self.server.parse_once.cache_clear()
         self.model = Model(self.clock.now, grace, quiet, timeout)
         self.names, self.handed_out, self.waiting = ["a", "b", "c"], [], []
         reached = set()
@@ -284,11 +288,7 @@ class TestModel(unittest.TestCase):
         """Return (status, JSON) of a POST."""
         head = ("POST %s?%s HTTP/1.0\n\n" % (path, query)).encode()
         caller = sidecar_module.Caller("127.0.0.1", trusted=True, local=True)
-        request = sidecar_module.parse_request(head, caller)
-        try:
-            answer = self.routes["POST", path](request)
-        except sidecar_module.HTTPError as error:
-            answer = error.answer
+        answer = self.server.answer(*self.server.parse(head, caller))
         return answer.status, json.loads(answer.body)
 
     def step(self):
