@@ -2238,8 +2238,8 @@ class Sidecar:
     Make one for a process, and use it from all threads, event loops and forked children. No method
     raises, and the two calls for a request delay it by a second at most. Only while the sidecar
     drains a start may take longer: it is held, because this worker is about to be removed. After
-    a failure the sidecar is left alone for REST_SECONDS; what it has not heard it is told later,
-    by one thread or with the next call.
+    a failure that takes time the sidecar is left alone for REST_SECONDS; what it has not heard it
+    is told later, by one thread or with the next call.
     """
 
     CALL_SECONDS = 0.5          # the longest that a call takes; a request makes two
@@ -2465,7 +2465,8 @@ class Sidecar:
             return
         if status != 400:               # one request's id may be malformed; the others are not
             memory.trouble = trouble
-            memory.rest_until = time.monotonic() + self.REST_SECONDS
+            if not self._is_gone():     # where nobody listens yet, the next call costs no time
+                memory.rest_until = time.monotonic() + self.REST_SECONDS
         if status not in memory.told:
             memory.told.add(status)
             log.warning("working without the sidecar, %s %s: %s", self.url,

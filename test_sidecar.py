@@ -2422,6 +2422,15 @@ class TestSidecarClient(Case):
         self.assertEqual(len(logs.output), 1)
         self.assertIn("working without the sidecar", logs.output[0])
 
+    def test_what_began_before_the_sidecar_is_told_with_the_next_call(self):
+        gone = self.sidecar()
+        gone.kill()
+        client = self.client(gone.url, REST_SECONDS=3600, WATCH_SECONDS=3600)
+        with client.track():
+            sidecar = self.sidecar(SIDECAR_PORT=gone.port)
+            with client.track():
+                self.assertEqual(sidecar.active(), 2)
+
     def test_one_that_hangs_costs_its_time_out_once(self):
         hanging = HangingServer()
         self.addCleanup(hanging.close)
@@ -2779,6 +2788,19 @@ class Clients:
         with socket.socket() as taken:     # bound, so that nobody else gets the port; not listening
             taken.bind(("127.0.0.1", 0))
             self.check_all_work_is_done("http://127.0.0.1:%d" % taken.getsockname()[1])
+
+    def test_a_worker_that_was_up_first_is_counted_once_its_sidecar_is(self):
+        gone = self.sidecar()
+        gone.kill()
+        worker = self.worker(gone.url)
+        self.tell(worker, "work a")
+        worker.wait_for("did work a")
+        sidecar = self.sidecar(SIDECAR_PORT=gone.port)
+        self.tell(worker, "hold b")
+        worker.wait_for("took hold b")
+        self.assertEqual(sidecar.active(), 1)
+        self.assertEqual(self.finish(worker), 0, worker.log)
+        self.assertEqual(sidecar.get("/metrics")[1]["unmatched_ends"], 0)
 
     def test_a_sidecar_that_hangs_does_not_stop_the_work(self):
         with socket.socket() as deaf:      # the kernel accepts the connections, nobody ever answers
