@@ -1858,8 +1858,8 @@ def outlive_the_script(function) -> None:
 
     Until then Python keeps what its compiler made of the source: a sixth of all memory at rest.
     """
-    # 3.12.0 and 3.12.1 start no thread once the script has ended (python/cpython#113964).
-    if not (3, 12) <= sys.version_info < (3, 12, 2):
+    # 3.12.0 to 3.12.2 start no thread once the script has ended (python/cpython#113964).
+    if not (3, 12) <= sys.version_info < (3, 12, 3):
         try:
             threading.Thread(target=function).start()
             return
@@ -1870,11 +1870,11 @@ def outlive_the_script(function) -> None:
 
 def give_memory_back():
     """Give the system the memory that is free once the script has ended, where glibc keeps it."""
-    time.sleep(1.0)         # by then; to join the main thread may break its end before Python 3.13
+    time.sleep(1.0)         # by then it has: to join its thread could break its end before 3.13
     try:
         import ctypes       # here, because it would delay every start
         ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, OSError, AttributeError, TypeError):       # another C library
+    except (ImportError, OSError, AttributeError, MemoryError):     # no ctypes, or no glibc
         pass
 
 
