@@ -47,7 +47,7 @@ BURST_PATIENCE = 10             # Seconds after which a connect of a burst has f
 
 Size = namedtuple(
     "Size", "rounds seconds starts pairs pairs_seconds idle_seconds messages active scrape_seconds")
-FULL = Size(5, 3, 21, 1000000, 120, 30, 5000, 10000, 30)
+FULL = Size(3, 3, 21, 1000000, 120, 30, 5000, 10000, 30)
 QUICK = Size(1, 1, 3, 1000, 1, 2, 200, 1000, 2)
 CONNECTS = 300                  # So many make a burst.
 
