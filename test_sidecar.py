@@ -19,6 +19,7 @@ import logging
 import os
 import platform
 import pty
+import random
 import re
 import select
 import shutil
@@ -144,10 +145,10 @@ class SidecarProcess(Program):
         self.url = "http://%s:%d" % (self.host, self.port)
 
     @classmethod
-    def of(cls, program, port, metrics_port=None):
+    def of(cls, program, port, metrics_port=None, host="127.0.0.1"):
         """Return the sidecar that a Program runs, once it answers: its log cannot be read."""
         sidecar = cls.__new__(cls)
-        vars(sidecar).update(vars(program), host="127.0.0.1", port=port, metrics_port=metrics_port)
+        vars(sidecar).update(vars(program), host=host, port=port, metrics_port=metrics_port)
 
         def answers():
             try:
@@ -259,6 +260,15 @@ def until(condition, what="the condition"):
         if time.monotonic() > over_at:
             raise AssertionError("%s never came true" % what)
         time.sleep(0.01)
+
+
+def host_of_its_own():
+    """Return an address of loopback for a test that leaves a port and takes it again: on it nobody
+    else takes one. Only Linux has more than one.
+    """
+    if sys.platform != "linux":
+        return "127.0.0.1"
+    return "127.%d.%d.%d" % tuple(random.randrange(1, 255) for _ in range(3))
 
 
 class FakeTime:
@@ -1882,15 +1892,16 @@ class TestLogPipe(Case):
 
     def logging_to(self, writer, **env):
         """Return a sidecar whose stderr is the given end of a pipe; its port is picked before."""
+        host = host_of_its_own()
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((host, 0))
             port = free.getsockname()[1]
-        settings = dict({"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": port, "METRICS_PORT": 0,
+        settings = dict({"SIDECAR_HOST": host, "SIDECAR_PORT": port, "METRICS_PORT": 0,
                          "LOG_LEVEL": "DEBUG"}, **env)
         program = self._ends_with_test(Program(
             sys.executable, os.path.join(HERE, "sidecar.py"), env=settings,
             stdout=subprocess.DEVNULL, stderr=writer))
-        return SidecarProcess.of(program, port)
+        return SidecarProcess.of(program, port, host=host)
 
     def test_one_that_a_worker_made_non_blocking_loses_no_line(self):
         reader, writer = os.pipe()
@@ -2423,11 +2434,11 @@ class TestSidecarClient(Case):
         self.assertIn("working without the sidecar", logs.output[0])
 
     def test_what_began_before_the_sidecar_is_told_with_the_next_call(self):
-        gone = self.sidecar()
+        gone = self.sidecar(SIDECAR_HOST=host_of_its_own())
         gone.kill()
         client = self.client(gone.url, REST_SECONDS=3600, WATCH_SECONDS=3600)
         with client.track():
-            sidecar = self.sidecar(SIDECAR_PORT=gone.port)
+            sidecar = self.sidecar(SIDECAR_HOST=gone.host, SIDECAR_PORT=gone.port)
             with client.track():
                 self.assertEqual(sidecar.active(), 2)
 
@@ -2542,7 +2553,7 @@ class TestConsole(Case):
         self.assertEqual(bot.wait(), 0, bot.log)
 
     def test_the_log_tells_when_the_sidecar_goes_and_comes_back(self):
-        sidecar = self.sidecar()
+        sidecar = self.sidecar(SIDECAR_HOST=host_of_its_own())
         bot = self.patient_bot(sidecar)
         self.say(bot, "one")
         bot.wait_for("reporting to the sidecar at")
@@ -2550,7 +2561,8 @@ class TestConsole(Case):
         self.say(bot, "two")
         bot.wait_for("Echo: two")
         bot.wait_for("working without the sidecar")
-        again, before = self.sidecar(SIDECAR_PORT=sidecar.port), len(bot.lines)
+        again = self.sidecar(SIDECAR_HOST=sidecar.host, SIDECAR_PORT=sidecar.port)
+        before = len(bot.lines)
 
         def tracked():
             self.say(bot, "again")
@@ -2792,12 +2804,12 @@ class Clients:
             self.check_all_work_is_done("http://127.0.0.1:%d" % taken.getsockname()[1])
 
     def test_a_worker_that_was_up_first_is_counted_once_its_sidecar_is(self):
-        gone = self.sidecar()
+        gone = self.sidecar(SIDECAR_HOST=host_of_its_own())
         gone.kill()
         worker = self.worker(gone.url)
         self.tell(worker, "work a")
         worker.wait_for("did work a")
-        sidecar = self.sidecar(SIDECAR_PORT=gone.port)
+        sidecar = self.sidecar(SIDECAR_HOST=gone.host, SIDECAR_PORT=gone.port)
         self.tell(worker, "hold b")
         worker.wait_for("took hold b")
         self.assertEqual(sidecar.active(), 1)

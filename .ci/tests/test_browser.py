@@ -11,7 +11,7 @@ import time
 import unittest
 import urllib.parse
 
-from support import PATIENCE, Case, needs, until
+from support import PATIENCE, Case, host_of_its_own, needs, until
 
 CHROMIUM = shutil.which("chromium")
 
@@ -197,7 +197,7 @@ class TestBrowser(Case):
         self.wait_for("#phase", r"^gone: no answer since \d")
 
     def test_it_says_when_the_sidecar_is_gone_and_comes_back_with_it(self):
-        sidecar = self.open()
+        sidecar = self.open(SIDECAR_HOST=host_of_its_own())
         sidecar.post("/start-request?id=a")
         self.wait_for("#active", "^1$")
         sidecar.signal(signal.SIGSTOP)                      # It accepts, and never answers.
@@ -208,7 +208,7 @@ class TestBrowser(Case):
         sidecar.kill()
         self.wait_for("#phase", "^gone: no answer since ")
         self.assertEqual(self.browser.text("#active"), "1")     # The last that was known.
-        self.sidecar(SIDECAR_PORT=sidecar.port)
+        self.sidecar(SIDECAR_HOST=sidecar.host, SIDECAR_PORT=sidecar.port)
         self.wait_for("#phase", "^serving$")
         self.assertEqual(self.browser.text("#active"), "0")
         self.assertEqual(self.browser.run("document.querySelector('#longest').rows.length"), 0)

@@ -15,7 +15,7 @@ import unittest
 import urllib.parse
 
 from support import (FILL, HERE, NAMESPACES, PATIENCE, WORKER, Case, SidecarProcess, figures,
-                     needs, until)
+                     host_of_its_own, needs, until)
 
 
 class TestFaults(Case):
@@ -35,14 +35,15 @@ class TestFaults(Case):
 
     def silent(self, redirection="", options=(), **env):
         """Return a sidecar whose log cannot be read, so its ports are picked before."""
+        host = host_of_its_own()
         with socket.socket() as api, socket.socket() as metrics:
             for free in (api, metrics):
-                free.bind(("127.0.0.1", 0))
+                free.bind((host, 0))
             ports = [free.getsockname()[1] for free in (api, metrics)]
-        settings = dict(env, SIDECAR_HOST="127.0.0.1", SIDECAR_PORT=ports[0], METRICS_PORT=ports[1])
+        settings = dict(env, SIDECAR_HOST=host, SIDECAR_PORT=ports[0], METRICS_PORT=ports[1])
         program = self.program("sh", "-c", 'exec "$@" ' + redirection, "sh", sys.executable,
                                os.path.join(HERE, "sidecar.py"), env=settings, **dict(options))
-        return SidecarProcess.of(program, *ports)
+        return SidecarProcess.of(program, *ports, host=host)
 
     PYTHON = "/usr/bin/python3"         # one that every user may run
     def limited(self, *argv, most):

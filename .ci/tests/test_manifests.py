@@ -11,7 +11,7 @@ import sys
 import tempfile
 import unittest
 
-from support import CACHE, HERE, Case, SidecarProcess, needs, run
+from support import CACHE, HERE, Case, SidecarProcess, host_of_its_own, needs, run
 
 from echo_bot import read_concurrency
 
@@ -240,14 +240,16 @@ class TestManifests(Case):
         sidecar = containers(kustomize(components=["pre-1.29"]))["sidecar"]
         command = sidecar["lifecycle"]["postStart"]["exec"]["command"]
         self.assertEqual(command[:2], ["python3", "-c"])
+        host = host_of_its_own()
         with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+            free.bind((host, 0))
             port = free.getsockname()[1]
-        script = command[2].replace(":8081/", ":%d/" % port)
+        script = command[2].replace("127.0.0.1:8081/", "%s:%d/" % (host, port))
+        self.assertIn(host, script)
         hook = self.program(sys.executable, "-c", "print('up', flush=True)\n" + script)
         hook.wait_for("up")
         self.assertIsNone(hook.process.poll())
-        running = SidecarProcess(SIDECAR_PORT=port)
+        running = SidecarProcess(SIDECAR_HOST=host, SIDECAR_PORT=port)
         self.addCleanup(running.kill)
         self.assertEqual(hook.wait(), 0)
 
