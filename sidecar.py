@@ -1785,6 +1785,14 @@ def fail(text, status: int = 2):
     sys.exit(status)
 
 
+def or_fail(read):
+    """Return what `read` makes of the environment; exit with its line where a variable is bad."""
+    try:
+        return read(os.environ)
+    except ValueError as error:
+        fail(error)
+
+
 def listen(variable, host, port, api, routes):
     try:
         return Server(host, port, api, routes)
@@ -1802,10 +1810,7 @@ def serve(command: list = ()) -> int:
 
     It returns once it serves, so that the script can end; the process goes on.
     """
-    try:
-        settings = Settings(os.environ)
-    except ValueError as error:
-        fail(error)
+    settings = or_fail(Settings)
     # Signals are asked for, by one thread when all is set up, so that none is lost, as PID 1 too.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON if command else SHUT_DOWN)
     processes = PodProcesses()
@@ -1822,15 +1827,19 @@ def serve(command: list = ()) -> int:
     worker = start_worker(command, servers[0].url, mask, cpus) if command else None
     log.info("listening", {"api": servers[0].url, "metrics": servers[1].url,
                            "version": __version__})
-    in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
-    if settings.hold_starts == "auto" and not sure_to_end and in_pod:
-        log.warning("starts are not held while draining",
-                    {"missing": "shareProcessNamespace: true in the pod's spec"})
+    if settings.hold_starts == "auto" and not sure_to_end:
+        warn_in_a_pod()
     if worker:
         outlive_the_script(lambda: leave(accompany(worker, drainer), servers))
     else:
         outlive_the_script(lambda: drain_at_signal(drainer, processes, servers))
     return 0
+
+
+def warn_in_a_pod():
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        log.warning("starts are not held while draining",
+                    {"missing": "shareProcessNamespace: true in the pod's spec"})
 
 
 def start_threads(settings, tracker, servers, drainer):
@@ -1884,7 +1893,22 @@ class Drainer(threading.Thread):
     def __init__(self, tracker):
         super().__init__(daemon=True)
         self.tracker, self.asked = tracker, threading.Event()
+        self.first = None                   # (signal, when) of the one that asked for it
         self.outcome = self.then = None     # then: what is called when there is an outcome
+
+    def take(self, number):
+        """Drain at the first SIGTERM or SIGINT; return true at a second one.
+
+        A SIGTERM soon after the first one is that one, delivered twice, as containerd and Kata do.
+        """
+        if self.first:
+            first, when = self.first
+            return not (number == first == signal.SIGTERM
+                        and time.monotonic() < when + REPEATED_SECONDS)
+        self.first = number, time.monotonic()
+        log.info("signal", {"signal": number.name})
+        self.asked.set()
+        return False
 
     def run(self):
         self.asked.wait()
@@ -1899,21 +1923,11 @@ def drain_at_signal(drainer, processes, servers):
         leave(0 if drainer.outcome == COMPLETED else 1, servers)
 
     drainer.then = leave_drained
-    first = None                            # (signal, when)
     while True:
         number = signal.Signals(signal.sigwait(SHUT_DOWN))
-        if first and is_repeated(number, *first):
-            continue
-        log.info("second signal" if first else "signal", {"signal": number.name})
-        if first:
+        if drainer.take(number):
+            log.info("second signal", {"signal": number.name})
             leave(1)
-        first = number, time.monotonic()
-        drainer.asked.set()
-
-
-def is_repeated(number, first, when):
-    """Tell whether a SIGTERM is the first one, delivered twice, as containerd and Kata may do."""
-    return number == first == signal.SIGTERM and time.monotonic() < when + REPEATED_SECONDS
 
 
 def stay_for_the_worker(tracker, processes):
@@ -2083,7 +2097,7 @@ def accompany(worker, drainer):
     The first SIGTERM or SIGINT is passed on when the drain is over, the second one at once.
     """
     drainer.then = lambda: os.kill(os.getpid(), signal.SIGCHLD)     # wakes next_signal
-    first = passed_on = None                # first: (signal, when)
+    passed_on = False
     while True:
         number, worker_has_it = next_signal(os.isatty(0))
         if number == signal.SIGCHLD:
@@ -2094,15 +2108,8 @@ def accompany(worker, drainer):
                 return status
             if not drainer.outcome or passed_on:
                 continue
-            number = first[0]
-        elif worker_has_it:
-            continue
-        elif number in SHUT_DOWN and not first:
-            first = (number, time.monotonic())
-            log.info("signal", {"signal": number.name})
-            drainer.asked.set()
-            continue
-        elif first and is_repeated(number, *first):
+            number = drainer.first[0]
+        elif worker_has_it or number in SHUT_DOWN and not drainer.take(number):
             continue
         pass_on(number, worker)
         if number in SHUT_DOWN:
@@ -2153,10 +2160,7 @@ ASK_SECONDS = 5.0               # that a command waits for an answer
 
 def ask(command: str) -> int:
     """Print what a running sidecar answers to `command`; return 0 if that is a 200, else 1."""
-    try:
-        host, port, path, url = sidecar_address(os.environ)
-    except ValueError as error:
-        fail(error)
+    host, port, path, url = or_fail(sidecar_address)
 
     def get(endpoint, timeout):
         connection = http.client.HTTPConnection(host, port, timeout=timeout)
