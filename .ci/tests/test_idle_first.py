@@ -205,7 +205,7 @@ class TestPatches(IdleFirstCase):
         self.assertEqual(self.server.wait_for(4)[3:], ["1"])
         self.assertEqual(self.server.annotations, {ANNOTATION: "1"})
         self.assertGreaterEqual(min(self.server.gaps()), SOON)
-        self.assertNotIn("not set", sidecar.log)
+        self.assertNotIn("not set", sidecar.whole_log())
 
     def test_what_is_sent(self):
         self.in_pod()
@@ -373,9 +373,9 @@ class TestFailures(IdleFirstCase):
         403, "Forbidden", 'pods "worker-1" is forbidden: User "system:serviceaccount:bots:default" '
         'cannot patch resource "pods" in API group "" in the namespace "bots"')
 
-    def warnings(self, sidecar):
-        return [line.partition("error=")[2] for line in list(sidecar.lines)
-                if "pod deletion cost not set" in line]
+    @staticmethod
+    def warnings(log):
+        return re.findall("pod deletion cost not set error=(.*)", log)
 
     def test_the_pauses_grow(self):
         self.server.answers = [
@@ -387,19 +387,19 @@ class TestFailures(IdleFirstCase):
         until(lambda: self.server.annotations == {ANNOTATION: "0"}, "the annotation")
         for gap, factor in zip(self.server.gaps(), (2, 4, 8)):
             self.assertGreaterEqual(gap, factor * SOON)
-        self.assertEqual(self.warnings(sidecar), [
-            '"500 etcdserver: leader changed"', '"503 apiserver is shutting down"',
-            '"409 try again"'])
         sidecar.post("/start-request")
         self.server.wait_for(5)
         self.assertGreaterEqual(self.server.gaps()[-1], SOON)
+        self.assertEqual(self.warnings(sidecar.whole_log()), [
+            '"500 etcdserver: leader changed"', '"503 apiserver is shutting down"',
+            '"409 try again"'])
 
     def test_they_grow_to_a_limit(self):
         self.server.answers = [self.BUSY[:3] + ({},)] * 12      # 800 s, if each pause was doubled
         sidecar = self.in_pod(constants={"COST_RETRY_SECONDS": SOON})
         self.server.wait_for(13)
         until(lambda: self.server.annotations, "the annotation")
-        self.assertEqual(self.warnings(sidecar),
+        self.assertEqual(self.warnings(sidecar.whole_log()),
                          ['"429 Too many requests, please try again later."'])
 
     def test_the_pause_that_the_server_asks_for(self):
@@ -423,14 +423,15 @@ class TestFailures(IdleFirstCase):
         self.server.wait_for(5)
         until(lambda: self.server.annotations, "the annotation")
         message = json.loads(self.FORBIDDEN[2])["message"]
-        self.assertEqual([json.loads(text) for text in self.warnings(sidecar)], ["403 " + message])
+        self.assertEqual([json.loads(text) for text in self.warnings(sidecar.whole_log())],
+                         ["403 " + message])
 
     def test_it_is_told_again_when_it_was_well_meanwhile(self):
         sidecar = self.in_pod()
         for count in 1, 2:
             self.server.answers = [self.FORBIDDEN]
             sidecar.post("/start-request")
-            until(lambda: len(self.warnings(sidecar)) == count, "the warning")
+            until(lambda: len(self.warnings(sidecar.log)) == count, "the warning")
             until(lambda: self.server.annotations == {ANNOTATION: "1"}, "the annotation")
             sidecar.post("/end-request")
             until(lambda: self.server.annotations == {ANNOTATION: "0"}, "the annotation")
@@ -446,7 +447,7 @@ class TestFailures(IdleFirstCase):
         self.assertEqual(sidecar.post("/start-request")[0], 200)
         self.write("token", self.server.token)
         until(lambda: self.server.annotations == {ANNOTATION: "1"}, "the annotation")
-        self.assertEqual(len(self.warnings(sidecar)), 1)
+        self.assertEqual(len(self.warnings(sidecar.whole_log())), 1)
 
     def test_no_pod(self):
         sidecar = self.in_pod(KUBERNETES_SERVICE_HOST=None)

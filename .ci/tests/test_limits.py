@@ -61,7 +61,7 @@ class TestManyConnections(Limits):
             self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200 "))
         self.assertEqual(self.refused(sidecar), 0)
         sidecar.wait_for("WARNING many connections: each is closed after its answer")
-        self.assertEqual(sidecar.log.count("WARNING"), 1)
+        self.assertEqual(sidecar.whole_log().count("WARNING"), 1)
 
     def test_a_request_that_is_on_its_way_is_answered_before_its_connection_goes(self):
         """Ten times, since it is a race."""

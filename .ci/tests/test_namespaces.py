@@ -131,7 +131,8 @@ def call_as_another():
                 assert (status == 403) == refused, (caller, clients, path, status, answer)
                 assert not refused or "TRUSTED_CLIENTS" in answer["error"], answer
             assert "sidecar_info" in sidecar.prometheus()
-            assert sidecar.log.count("call refused") == (not trusted), sidecar.log
+            log = sidecar.whole_log()
+            assert log.count("call refused") == (not trusted), log
         finally:
             sidecar.kill()
     print("as expected")

@@ -732,8 +732,8 @@ class TestTelegram(Case):
                 self.assertEqual(self.api.texts(), ["Echo: hello"])
                 times = [at for called, at in self.api.calls if called == "getupdates"]
                 self.assertGreater(times[3] - times[0], 0.5 + 1 + 2)
-                self.assertIn(refusal[1], bot.log)
                 self.end(bot)
+                self.assertIn(refusal[1], bot.log)
 
     def test_what_is_not_telegrams_is_an_outage(self):
         for method in "getUpdates", "sendMessage":
@@ -748,8 +748,8 @@ class TestTelegram(Case):
                 bot = self.bot(constants={"MAX_DELAY_SECONDS": 0.1})
                 self.api.wait_until_confirmed()
                 self.assertEqual(self.api.texts(), ["Echo: hello"])
-                self.assertEqual(bot.log.count("trying again"), len(pages))
                 self.end(bot)
+                self.assertEqual(bot.log.count("trying again"), len(pages))
 
     def test_a_lasting_error_for_one_message_blocks_nobody_for_ever(self):
         gone = ("says", 500, "Internal Server Error: sent message was immediately deleted")
@@ -794,8 +794,8 @@ class TestTelegram(Case):
             self.api.wait_until_confirmed()
             # One time-out for the poll's connection and one for the reply's.
             self.assertGreater(time.monotonic() - started, 2)
-            self.assertNotIn("trying again", bot.log)
             self.end(bot)
+            self.assertNotIn("trying again", bot.log)
 
     @needs("openssl", shutil.which("openssl"))
     def test_by_way_of_a_proxy(self):
