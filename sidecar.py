@@ -1803,6 +1803,8 @@ def listen(variable, host, port, api, routes):
 
 
 SHUT_DOWN = {signal.SIGTERM, signal.SIGINT}
+# 3.12.0 to 3.12.2 start no thread once the script has ended (python/cpython#113964).
+SCRIPT_MAY_END = not (3, 12) <= sys.version_info < (3, 12, 3)
 
 
 def serve(command: list = ()) -> int:
@@ -1851,7 +1853,8 @@ def start_threads(settings, tracker, servers, drainer):
         log.addHandler(LogHandler(settings.log_format == "json"))
         log.setLevel(settings.log_level)
         threading.Thread(target=tracker.keep_time, daemon=True).start()
-        threading.Thread(target=give_memory_back, daemon=True).start()
+        if SCRIPT_MAY_END:
+            threading.Thread(target=give_memory_back, daemon=True).start()
         drainer.start()
         if settings.pod_deletion_cost:
             threading.Thread(target=keep_deletion_cost, args=(tracker,), daemon=True).start()
@@ -1867,8 +1870,7 @@ def outlive_the_script(function) -> None:
 
     Until then Python keeps what its compiler made of the source: a sixth of all memory at rest.
     """
-    # 3.12.0 to 3.12.2 start no thread once the script has ended (python/cpython#113964).
-    if not (3, 12) <= sys.version_info < (3, 12, 3):
+    if SCRIPT_MAY_END:
         try:
             threading.Thread(target=function).start()
             return

@@ -10,6 +10,7 @@ runs it all.
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import fcntl
 import hashlib
 import http.client
@@ -279,6 +280,15 @@ def host_of_its_own():
     if sys.platform != "linux":
         return "127.0.0.1"
     return "127.%d.%d.%d" % tuple(random.randrange(1, 255) for _ in range(3))
+
+
+def free_ports(host, count):
+    """Return ports for a program that must know them before it starts, or cannot tell them."""
+    with contextlib.ExitStack() as stack:
+        takers = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for taker in takers:
+            taker.bind((host, 0))
+        return [taker.getsockname()[1] for taker in takers]
 
 
 class FakeTime:
@@ -1899,11 +1909,9 @@ class TestLogPipe(Case):
     """The log, where its pipe is not as one would wish."""
 
     def logging_to(self, writer, **env):
-        """Return a sidecar whose stderr is the given end of a pipe; its port is picked before."""
+        """Return a sidecar whose stderr is the given end of a pipe."""
         host = host_of_its_own()
-        with socket.socket() as free:
-            free.bind((host, 0))
-            port = free.getsockname()[1]
+        port, = free_ports(host, 1)
         settings = dict({"SIDECAR_HOST": host, "SIDECAR_PORT": port, "METRICS_PORT": 0,
                          "LOG_LEVEL": "DEBUG"}, **env)
         program = self._ends_with_test(Program(
@@ -3065,7 +3073,7 @@ while True:
 
 KEEPS_SYNTAX_TREE = (
     sys.implementation.name == "cpython" and platform.libc_ver()[0] == "glibc"
-    and sys.version_info >= (3, 9) and not (3, 12) <= sys.version_info < (3, 12, 3))
+    and sys.version_info >= (3, 9) and sidecar_module.SCRIPT_MAY_END)
 
 
 def child_of(pid):

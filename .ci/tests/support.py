@@ -17,7 +17,7 @@ From test_sidecar.py, which must also run alone:
     FakeTime           a clock that the test moves
     ScriptedSidecar, Clients, WORKER       a stand-in, what each README client must do, a worker
     child_of, samples  a child's pid, a scrape as a dict
-    host_of_its_own    an address of loopback for a test that takes a port again
+    host_of_its_own    an address of loopback for a test that takes a port again; free_ports
     text_of, readme_blocks     the text of a file of the project, README's code
 Here:
     needs              decorates a test or class that needs a peer
@@ -39,8 +39,8 @@ import unittest
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 from test_sidecar import (ENDPOINTS, HERE, OPENMETRICS, PATIENCE, WORKER, Case, Clients, FakeTime,
-                          Program, ScriptedSidecar, SidecarProcess, child_of, host_of_its_own,
-                          in_threads, readme_blocks, samples, text_of, until)
+                          Program, ScriptedSidecar, SidecarProcess, child_of, free_ports,
+                          host_of_its_own, in_threads, readme_blocks, samples, text_of, until)
 
 CACHE = os.path.join(HERE, ".ci", "cache")      # Git ignores it.
 # With "none" what needs a peer is skipped; with "all" it fails instead of being skipped.

@@ -15,7 +15,7 @@ import unittest
 import urllib.parse
 
 from support import (FILL, HERE, NAMESPACES, PATIENCE, WORKER, Case, SidecarProcess, figures,
-                     host_of_its_own, needs, until)
+                     free_ports, host_of_its_own, needs, until)
 
 
 class TestFaults(Case):
@@ -34,12 +34,9 @@ class TestFaults(Case):
         self.assertEqual(sidecar.wait(), 0)
 
     def silent(self, redirection="", options=(), **env):
-        """Return a sidecar whose log cannot be read, so its ports are picked before."""
+        """Return a sidecar whose log cannot be read."""
         host = host_of_its_own()
-        with socket.socket() as api, socket.socket() as metrics:
-            for free in (api, metrics):
-                free.bind((host, 0))
-            ports = [free.getsockname()[1] for free in (api, metrics)]
+        ports = free_ports(host, 2)
         settings = dict(env, SIDECAR_HOST=host, SIDECAR_PORT=ports[0], METRICS_PORT=ports[1])
         program = self.program("sh", "-c", 'exec "$@" ' + redirection, "sh", sys.executable,
                                os.path.join(HERE, "sidecar.py"), env=settings, **dict(options))

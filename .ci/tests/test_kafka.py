@@ -34,7 +34,7 @@ def needs_kafka(thing):
                  jars and shutil.which("java") and installed("confluent_kafka"))(thing)
 
 
-def free_ports(count):
+def lasting_ports(count):
     """Return ports for a broker, which must know them before it starts and find them free after a
     restart.
 
@@ -76,7 +76,7 @@ class KafkaNode:
         self.folder, self.number, self.program = tempfile.mkdtemp(), number, None
         names = ["PLAINTEXT", "PROXIED"]
         names += ["SSL", "SASL_PLAINTEXT", "SASL_SSL"] if certificate else []
-        ports = free_ports(len(names) + 1)
+        ports = lasting_ports(len(names) + 1)
         self.voters = voters or {number: ports.pop()}
         self.ports = dict(zip(names, ports))
         self.proxy = Proxy(self.ports["PROXIED"])
@@ -738,7 +738,7 @@ class TestKafkaBot(Case):
         self.assertIn("KAFKA_CONSUMER_GROUP is not set", bot.lines[-1])
 
     def test_it_waits_for_brokers_that_are_away_and_heeds_sigterm(self):
-        bot = self.bot(free_ports(1)[0])
+        bot = self.bot(lasting_ports(1)[0])
         bot.wait_for("INFO .*refused.*trying again")        # it may be over in a moment
         bot.wait_for("WARNING .*refused.*trying again")
         bot.signal(signal.SIGTERM)
@@ -1550,7 +1550,7 @@ class TestKafkaCluster(KafkaCase):
 
     @classmethod
     def setUpClass(cls):
-        voters = dict(zip((1, 2, 3), free_ports(3)))
+        voters = dict(zip((1, 2, 3), lasting_ports(3)))
         settings = {"broker.session.timeout.ms": 3000, "broker.heartbeat.interval.ms": 500}
         cls.use(*[KafkaNode(number, voters, **settings) for number in voters])
 

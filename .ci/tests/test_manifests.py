@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import unittest
 
-from support import CACHE, HERE, Case, SidecarProcess, host_of_its_own, needs, run
+from support import CACHE, HERE, Case, SidecarProcess, free_ports, host_of_its_own, needs, run
 
 from echo_bot import read_concurrency
 
@@ -241,9 +240,7 @@ class TestManifests(Case):
         command = sidecar["lifecycle"]["postStart"]["exec"]["command"]
         self.assertEqual(command[:2], ["python3", "-c"])
         host = host_of_its_own()
-        with socket.socket() as free:
-            free.bind((host, 0))
-            port = free.getsockname()[1]
+        port, = free_ports(host, 1)
         script = command[2].replace("127.0.0.1:8081/", "%s:%d/" % (host, port))
         self.assertIn(host, script)
         hook = self.program(sys.executable, "-c", "print('up', flush=True)\n" + script)
