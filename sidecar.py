@@ -1383,7 +1383,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.parse_once = functools.lru_cache(maxsize=MAX_SEEN)(self.parse_anew)
         self.out_of_descriptors = self.finishing = False
         if host:
-            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            # Bytes: text makes Python load its tables of names that are not ASCII, for good.
+            addresses = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
             ipv4_first = sorted(addresses, key=lambda found: found[0] != socket.AF_INET)
             self.address_family, _, _, _, address = ipv4_first[0]
             super().__init__(address[:2], Connection)
@@ -1796,7 +1797,7 @@ def or_fail(read):
 def listen(variable, host, port, api, routes):
     try:
         return Server(host, port, api, routes)
-    except (socket.gaierror, UnicodeError):         # UnicodeError: a malformed name, such as a..b
+    except (socket.gaierror, UnicodeError):         # UnicodeError: bytes that are no UTF-8
         fail("SIDECAR_HOST=%r: expected an address or a name of this machine" % host)
     except OSError as error:
         fail("%s=%d: %s" % (variable, port, error.strerror))

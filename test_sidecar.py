@@ -2202,7 +2202,8 @@ class TestCommands(Case):
                                 ("TRUSTED_CLIENTS", "10.0.0.0/33"), ("TRUSTED_CLIENTS", "pod"),
                                 ("LOG_LEVEL", "LOUD"), ("LOG_FORMAT", "xml"),
                                 ("SIDECAR_HOST", "no.such.host.invalid"), ("SIDECAR_HOST", "a..b"),
-                                ("SIDECAR_URL", "ftp://x"), ("SIDECAR_URL", "http://x:y")):
+                                ("SIDECAR_HOST", "ü.invalid"), ("SIDECAR_URL", "ftp://x"),
+                                ("SIDECAR_URL", "http://x:y")):
                 env = dict({"SIDECAR_HOST": "127.0.0.1", "SIDECAR_PORT": 0, "METRICS_PORT": 0},
                            **{name: value})
                 argv = ["health"] if name == "SIDECAR_URL" else []
@@ -3389,6 +3390,12 @@ class TestRun(Case):
                 with open("/proc/%d/status" % sidecar.process.pid) as file:
                     return int(re.search(field + r":\s+([0-9]+) kB", file.read()).group(1))
             until(lambda: kib("VmRSS") < kib("VmHWM") - 2048, "less memory than at the start")
+
+    def test_to_listen_on_an_address_loads_no_tables_of_names(self):
+        asked = self.program(sys.executable, "-c", "import sys, sidecar\n"
+                             "sidecar.Server('127.0.0.1', 0, None, {}).server_close()\n"
+                             "print('loaded', 'encodings.idna' in sys.modules)", cwd=HERE)
+        asked.wait_for("loaded False")
 
 
 class TestCallers(Case):
