@@ -500,7 +500,9 @@ class TestKafka(ClusterCase, KafkaCase):
     """The bot as the manifests have it, with KEDA and a broker."""
 
     brokers = os.environ.get("CLUSTER_KAFKA", "10.200.0.1:9092")
-    IN_HAND = 300       # updates that are written and not answered
+    # Updates that are written and not answered: several times what is answered between two looks,
+    # or the lag is next to nothing now and then, and pods come only after it has lasted.
+    IN_HAND = 2000
 
     def setUp(self):
         super().setUp()
@@ -585,10 +587,10 @@ class TestKafka(ClusterCase, KafkaCase):
                 self.start(with_broker(objects + [ca], "10.200.0.1:9094"))
                 ready = in_background(self.kubectl, "wait", "deployment/bot-echo", "--timeout=300s",
                                       "--for=jsonpath={.status.readyReplicas}=1")
-                self.write_while(ready.goes_on, 1000)
+                self.write_while(ready.goes_on, 3000)
                 ready()
                 deleted = in_background(self.delete, self.pods())
-                self.write_while(deleted.goes_on, 2000)
+                self.write_while(deleted.goes_on, 5000)
                 self.report("gone after %.1f s" % deleted())
                 self.all_answered_once()
                 self.empty()
