@@ -32,6 +32,10 @@ import time
 from collections import namedtuple
 from contextlib import ExitStack, contextmanager
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
+
+from support import free_ports
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 CACHE = os.path.join(HERE, "cache")
@@ -73,7 +77,7 @@ class Server:
     """A running server. It is killed, by its pid, at the end of the `with` block."""
 
     def __init__(self, column):
-        self.port, self.metrics_port = free_ports(2)
+        self.port, self.metrics_port = free_ports("127.0.0.1", 2)
         name, argv = COMMANDS[column]
         environ = dict(os.environ, SIDECAR_HOST="127.0.0.1", SIDECAR_PORT=str(self.port),
                        METRICS_PORT=str(self.metrics_port))
@@ -119,14 +123,6 @@ class Server:
             answer.read()
             assert answer.status == 200, answer.status
         connection.close()
-
-
-def free_ports(count):
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 def healthy(port):
